@@ -1,0 +1,11 @@
+"""What a user did wrong, told in one line."""
+
+from __future__ import annotations
+
+
+class UsageError(Exception):
+    """Wrong usage or unreadable input: subject, what is wrong, how to mend it, in one line.
+
+    The command line prints the line and exits 2; pytest turns it into a usage error. A failure of
+    the implementation on trial is never a `UsageError`: that is a `harness.failure.Failure`.
+    """

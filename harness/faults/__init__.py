@@ -1,0 +1,1 @@
+"""Deliberately wrong adapters, each named for its sin."""

@@ -1,0 +1,1 @@
+"""Counters that never vary, and clocks that are honest."""

@@ -1,0 +1,1 @@
+"""training_config and peft_config, a TOML file each."""

@@ -1,0 +1,1 @@
+"""The one file of a run, and what is made of it."""
