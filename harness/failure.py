@@ -1,0 +1,169 @@
+"""Failures: a typed record of one spec that does not hold, and how it is told.
+
+    judge ── fail(kind, expected, actual, ...) ── Broken ── verdict ── Failure ── text, JSON, HTML
+
+Every failure has one of a finite set of kinds, whoever finds it.
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NoReturn, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal[
+    "value",  # numbers differ by more than is allowed
+    "names",  # the wrong modules, parameters or keys
+    "count",  # the right things in the wrong number
+    "dtype",  # the wrong dtype
+    "state",  # something changed that must not: mode, trainability, storage
+    "silent",  # should have raised or warned
+    "no-effect",  # something that must act does nothing
+    "raised",  # the implementation raised
+    "cost",  # more operations or bytes than the documented cost
+    "hang",  # no answer within the limit
+    "crash",  # the process died
+]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """One spec that does not hold at one case.
+
+    Attributes:
+        kind: which way it fails, one of `KINDS`.
+        case: the case's text form.
+        expected: what MUST hold here, in words and numbers.
+        actual: what was found.
+        measured: the error, in the unit of `allowed`; None where nothing is measured.
+        allowed: the most that would have passed.
+        where: the worst element, module or key.
+        looks_like: planted faults that behave the same.
+        reproduce: the command that fails again.
+    """
+
+    kind: str
+    case: str
+    expected: str
+    actual: str
+    measured: float | None = None
+    allowed: float | None = None
+    where: str = ""
+    looks_like: tuple[str, ...] = ()
+    reproduce: str = ""
+
+    def as_dict(self) -> dict[str, object]:
+        """The record as JSON holds it."""
+        return {**asdict(self), "looks_like": list(self.looks_like)}
+
+    def lines(self) -> list[str]:
+        """The record as a terminal shows it, a fact a line."""
+        rows = [("expected", self.expected), ("actual", self.actual)]
+        if self.measured is not None and self.allowed is not None:
+            times = f", {self.measured / self.allowed:.3g} times" if self.allowed else ""
+            rows.append(("measured", f"{self.measured:.4g}, allowed {self.allowed:.4g}{times}"))
+        rows += [
+            ("where", self.where),
+            ("case", self.case),
+            ("looks like", ", ".join(self.looks_like)),
+            ("reproduce", self.reproduce),
+        ]
+        return [f"{name:>10}  {value}" for name, value in rows if value]
+
+
+class Broken(Exception):  # noqa: N818  # it says that a property is broken, not that the judge is
+    """A property that does not hold, on its way from a judge to the verdict."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        *,
+        expected: str,
+        actual: str,
+        measured: float | None = None,
+        allowed: float | None = None,
+        where: str = "",
+        observed: Tensor | None = None,
+        truth: Tensor | None = None,
+    ) -> None:
+        super().__init__(f"{kind}: expected {expected}; actual {actual}")
+        self.kind: Kind = kind
+        self.expected = expected
+        self.actual = actual
+        self.measured = measured
+        self.allowed = allowed
+        self.where = where
+        self.observed = observed
+        """The numbers found, for the diagnosis; not part of the record."""
+        self.truth = truth
+        """The numbers that should have been found."""
+
+    def record(self, *, case: str, reproduce: str) -> Failure:
+        """The record, once the case and its command are known."""
+        return Failure(
+            kind=self.kind,
+            case=case,
+            expected=self.expected,
+            actual=self.actual,
+            measured=self.measured,
+            allowed=self.allowed,
+            where=self.where,
+            reproduce=reproduce,
+        )
+
+
+def fail(
+    kind: Kind,
+    *,
+    expected: str,
+    actual: str,
+    where: str = "",
+    measured: float | None = None,
+    allowed: float | None = None,
+) -> NoReturn:
+    """Say that the property does not hold; the one way a judge does."""
+    raise Broken(
+        kind, expected=expected, actual=actual, where=where, measured=measured, allowed=allowed
+    )
+
+
+def raised(error: BaseException, *, expected: str = "no exception") -> Broken:
+    """An exception of the implementation's as a broken property, with the line it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = Path(__file__).parent
+    specs = ours.parent / "specs"
+    theirs = [
+        frame
+        for frame in frames
+        if "torch/" not in frame.filename
+        and not _within(frame.filename, ours, but=ours / "adapters")
+        and not _within(frame.filename, specs)
+    ]
+    frame = theirs[-1] if theirs else (frames[-1] if frames else None)
+    where = f"{_short(frame.filename)}:{frame.lineno} in {frame.name}" if frame else ""
+    text = " ".join(str(error).split())
+    return Broken(
+        "raised",
+        expected=expected,
+        actual=f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__,
+        where=where,
+    )
+
+
+def _within(filename: str, folder: Path, *, but: Path | None = None) -> bool:
+    path = Path(filename)
+    return path.is_relative_to(folder) and not (but is not None and path.is_relative_to(but))
+
+
+def _short(filename: str) -> str:
+    """A path from its package on: nobody needs to know where an environment lies."""
+    parts = Path(filename).parts
+    for mark in ("site-packages", "dist-packages"):
+        if mark in parts:
+            return "/".join(parts[parts.index(mark) + 1 :])
+    return "/".join(parts[-2:])

@@ -1,0 +1,144 @@
+"""Truth in float64, computed from the factors by the defining equation.
+
+    ΔW = scaling · (B @ A)        laid out as the base weight is, in the rows of the part
+    truth = the base, in float64, with W + ΔW in the place of W
+
+Nothing here is read off the object on trial but the values of its factors. Source: arXiv 2106.09685,
+section 4.1; layouts: `harness.adapter`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from harness.adapter import Factors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+Snapshot = dict[str, list[Factors]]
+"""Factors by module name, copied, detached, float64: what the live ones held at one moment."""
+
+
+def snapshot(factors: Mapping[str, Sequence[Factors]]) -> Snapshot:
+    """The values of live factors, kept."""
+
+    def keep(t: Tensor) -> Tensor:
+        return t.detach().to("cpu", torch.float64, copy=True)
+
+    return {
+        name: [
+            Factors(
+                keep(f.A),
+                keep(f.B),
+                float(f.scaling),
+                f.rows.detach().cpu().clone() if isinstance(f.rows, torch.Tensor) else f.rows,
+                None if f.bias is None else keep(f.bias),
+            )
+            for f in parts
+        ]
+        for name, parts in factors.items()
+    }
+
+
+def delta(module: nn.Module, parts: Sequence[Factors], *, absolute: bool = False) -> Tensor:
+    """ΔW of one module in float64, shaped as its weight.
+
+    With `absolute`, |scaling|·(|B| @ |A|): the magnitude that rounding errors scale with.
+    """
+    weight_shape = tuple(weight_of(module).shape)
+    total = torch.zeros(weight_shape, dtype=torch.float64)
+    for f in parts:
+        A, B, s = f.A.double(), f.B.double(), float(f.scaling)
+        if absolute:
+            A, B, s = A.abs(), B.abs(), abs(s)
+        product = s * (B @ A)  # (o, r) @ (r, i)
+        if isinstance(module, nn.Embedding):
+            product = product.T  # (embedding_dim, num) -> (num, embedding_dim)
+        elif isinstance(module, nn.Conv2d):
+            product = product.reshape(weight_shape)  # (m, n) -> (o, i/groups, k, k)
+        if f.rows is None:
+            total += product
+        else:
+            total[f.rows] += product
+    return total
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a base module, dequantised where it is stored in fewer bits."""
+    weight = module.weight
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+    return weight  # type: ignore[return-value]  # nn.Module's attributes are typed as a union
+
+
+def merged(base: nn.Module, factors: Snapshot, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A copy of the base in `dtype` and eval mode, with W + ΔW summed in float64, then rounded once.
+
+    An adapted weight that another module shares is untied first: only the adapted use changes.
+    """
+    model = copy.deepcopy(base).to(dtype).eval()
+    originals = dict(base.named_modules())
+    for name, module in dict(model.named_modules()).items():
+        parts = factors.get(name)
+        if not parts:
+            continue
+        original = originals[name]
+        W = weight_of(original).detach().cpu().double() + delta(original, parts)
+        module.weight = nn.Parameter(
+            W.to(dtype).to(weight_of(original).device), requires_grad=False
+        )
+        extra = bias_delta(original, parts)
+        if extra is not None:
+            held = getattr(original, "bias", None)
+            b = extra if held is None else held.detach().cpu().double() + extra
+            module.bias = nn.Parameter(b.to(dtype).to(module.weight.device), requires_grad=False)
+    return model
+
+
+def bias_delta(module: nn.Module, parts: Sequence[Factors]) -> Tensor | None:
+    """What `lora_bias` adds to the output: scaling · bias, by rows; None where there is none."""
+    if all(f.bias is None for f in parts):
+        return None
+    rows = weight_of(module).shape[1 if isinstance(module, nn.Embedding) else 0]
+    total = torch.zeros(rows, dtype=torch.float64)
+    for f in parts:
+        if f.bias is not None:
+            total[slice(None) if f.rows is None else f.rows] += f.scaling * f.bias.double()
+    return total
+
+
+def magnitude(base: nn.Module, factors: Snapshot) -> nn.Module:
+    """A copy of a base of one linear operation, with every term made positive.
+
+    On |x| it gives, for each output, the sum of the absolute values of all products that an
+    implementation may add up, in whatever order: the M of `harness.tolerance.outputs`.
+    """
+    model = copy.deepcopy(base).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+        for name, module in dict(model.named_modules()).items():
+            if factors.get(name):
+                original = base.get_submodule(name)
+                weight = weight_of(original).detach().double().abs()
+                module.weight = nn.Parameter(weight + delta(original, factors[name], absolute=True))
+                extra = [
+                    Factors(
+                        f.A, f.B, abs(f.scaling), f.rows, None if f.bias is None else f.bias.abs()
+                    )
+                    for f in factors[name]
+                ]
+                b = bias_delta(original, extra)
+                if b is not None:
+                    held = getattr(original, "bias", None)
+                    module.bias = nn.Parameter(b if held is None else held.double().abs() + b)
+    return model

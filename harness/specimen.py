@@ -1,0 +1,263 @@
+"""Specimens: the bases a spec is judged on, each with traps for what real implementations got wrong.
+
+Single layers are made for the spec: never square unless being square is the trap, never alpha == r.
+Whole models are Phi-3. The same case gives the same weights and inputs in every process.
+
+    linear          one nn.Linear with a bias                         shape (in, out)
+    bare            one nn.Linear without one                         shape (in, out)
+    embedding       one nn.Embedding with a padding index             shape (num, dim)
+    conv2d          one nn.Conv2d with stride, padding, dilation      shape (in, out, kh, kw)
+    grouped         one nn.Conv2d of two groups                       shape (in, out, kh, kw)
+    fused           one fused projection, q, k, v of equal rows       shape (in, rows of a part)
+    fused-unequal   the same, grouped-query: 2u, u, u rows            shape (in, u)
+    stack           12 layers with trap names in nested ModuleLists   shape (width, inner)
+    tied            an embedding and a head that share one weight     shape (num, dim)
+    shared          one nn.Linear reached under two names             shape (in, out)
+    tiny, tiny-gqa  Phi-3, and any other model by name: harness.phi3
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness.adapter import Parts
+    from harness.case import Case
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "linear": (11, 7),
+    "bare": (11, 7),
+    "embedding": (13, 5),
+    "conv2d": (3, 4, 3, 2),
+    "grouped": (4, 6, 3, 2),
+    "fused": (10, 4),
+    "fused-unequal": (10, 3),
+    "stack": (6, 9),
+    "tied": (13, 5),
+    "shared": (11, 7),
+}
+
+PHI3_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+class One(nn.Module):
+    """A model of one layer, `proj`: its outputs are the layer's."""
+
+    def __init__(self, proj: nn.Module) -> None:
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        y: Tensor = self.proj(x)
+        return y
+
+
+class Block(nn.Module):
+    """One layer of `Stack`: names that end alike, contain each other, or hold `weight` and `lora_`."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.v_proj = nn.Linear(width, inner)
+        self.qkv_proj = nn.Linear(width, inner)
+        self.foo = nn.Linear(inner, width)
+        self.foobar = nn.Linear(inner, width)
+        self.weight_proj = nn.Linear(inner, width, bias=False)
+        self.lora_gate = nn.Linear(width, inner, bias=False)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        h = self.norm(x)
+        inner = torch.tanh(self.v_proj(h) + self.qkv_proj(h)) * torch.sigmoid(self.lora_gate(h))
+        y: Tensor = x + self.foo(inner) + self.foobar(inner) + self.weight_proj(inner)
+        return y
+
+
+class Stack(nn.Module):
+    """Twelve `Block`s in nested ModuleLists, `groups.1.4` after `groups.0.5`, and a head."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(width, inner) for _ in range(12))
+        self.groups = nn.ModuleList(nn.ModuleList([nn.Linear(width, width + 1)]) for _ in range(2))
+        self.lm_head = nn.Linear(width, inner + 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        for layer in self.layers:
+            x = layer(x)
+        for group in self.groups:
+            for proj in group:  # type: ignore[attr-defined]  # a ModuleList iterates
+                x = x + proj(x)[..., 1:]
+        y: Tensor = self.lm_head(x)
+        return y
+
+
+class Tied(nn.Module):
+    """An embedding and an output head that share one weight, as in Phi-3-small."""
+
+    def __init__(self, num: int, dim: int) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(num, dim)
+        self.mix = nn.Linear(dim, dim + 2)
+        self.back = nn.Linear(dim + 2, dim)
+        self.lm_head = nn.Linear(dim, num, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def get_output_embeddings(self) -> nn.Module:  # noqa: D102
+        return self.lm_head
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        h = self.embed_tokens(x)
+        y: Tensor = self.lm_head(h + self.back(torch.tanh(self.mix(h))))
+        return y
+
+
+class Shared(nn.Module):
+    """One nn.Linear reached under two names, `first` and `second`."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(i, o)
+        self.back = nn.Linear(o, i)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        y: Tensor = self.second(torch.tanh(self.back(self.first(x))))
+        return y
+
+
+def shape_of(case: Case) -> tuple[int, ...]:
+    """The case's sizes, or its specimen's own."""
+    return case.shape or SHAPES.get(case.specimen, ())
+
+
+def is_linear(case: Case) -> bool:
+    """Whether the base is one linear operation, whose outputs have an elementwise budget."""
+    return case.specimen in {
+        "linear",
+        "bare",
+        "embedding",
+        "conv2d",
+        "grouped",
+        "fused",
+        "fused-unequal",
+    }
+
+
+def targets(case: Case) -> tuple[str, ...] | str:
+    """The names adapted unless a spec asks otherwise."""
+    if case.specimen == "stack":
+        return ("v_proj", "foo")
+    if case.specimen == "tied":
+        return ("lm_head",)
+    if case.specimen == "shared":
+        return ("first",)
+    return ("proj",) if case.specimen in SHAPES else PHI3_TARGETS
+
+
+def parts(case: Case) -> dict[str, Parts] | None:
+    """For a fused projection, its parts with k left out, so that a gap must be kept."""
+    sizes = shape_of(case)
+    if case.specimen == "fused":
+        return {"proj": ((sizes[1], True), (sizes[1], False), (sizes[1], True))}
+    if case.specimen == "fused-unequal":
+        return {"proj": ((2 * sizes[1], True), (sizes[1], False), (sizes[1], True))}
+    return None
+
+
+def reduction(case: Case) -> int:
+    """n: how many products one output of a linear specimen adds up, the rank's included."""
+    sizes = shape_of(case)
+    if case.specimen == "embedding":
+        return 1 + case.r
+    if case.specimen in {"conv2d", "grouped"}:
+        # The implementation's own r' is at most r times the kernel's longer side.
+        return sizes[0] * sizes[2] * sizes[3] + case.r * max(sizes[2:])
+    return sizes[0] + case.r
+
+
+def build(case: Case) -> nn.Module:
+    """The base of a case: fresh, in its dtype, on its device; the same bits each time."""
+    return copy.deepcopy(
+        _pristine(case.specimen, shape_of(case), case.dtype, case.device, case.seed)
+    )
+
+
+@lru_cache(maxsize=32)
+def _pristine(
+    specimen: str, shape: tuple[int, ...], dtype: str, device: str, seed: int
+) -> nn.Module:
+    if specimen not in SHAPES:
+        from harness import phi3
+
+        return phi3.load(specimen, dtype=dtype, device=device, seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1_000 + seed)
+        model = _make(specimen, shape)
+    return model.to(device=device, dtype=getattr(torch, dtype))
+
+
+def _make(specimen: str, shape: tuple[int, ...]) -> nn.Module:
+    if specimen in {"stack", "tied", "shared"}:
+        return {"stack": Stack, "tied": Tied, "shared": Shared}[specimen](*shape)
+    if specimen in {"conv2d", "grouped"}:
+        i, o, kh, kw = shape
+        groups = 2 if specimen == "grouped" else 1
+        conv = nn.Conv2d(
+            i, o, (kh, kw), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=groups
+        )
+        return One(conv)
+    if specimen == "embedding":
+        layer = nn.Embedding(*shape, padding_idx=1)
+        with torch.no_grad():
+            # A base's padding row need not be zero: pretrained ones rarely are.
+            layer.weight[1].normal_()
+        return One(layer)
+    i, o = shape
+    rows = {"fused": 3 * o, "fused-unequal": 4 * o}.get(specimen, o)
+    return One(nn.Linear(i, rows, bias=specimen != "bare"))
+
+
+def inputs(case: Case, seed: int = 0) -> Any:
+    """The inputs of one call: a tensor, or for a Phi-3 `{"input_ids": (b=2, t=9)}`."""
+    g = torch.Generator().manual_seed(2_000 + 97 * case.seed + seed)
+    shape = shape_of(case)
+    if case.specimen not in SHAPES:
+        vocab = build(case).config.vocab_size
+        ids = torch.randint(0, int(vocab), (2, 9), generator=g)  # (b, t)
+        return {"input_ids": ids.to(case.device)}
+    if case.specimen in {"embedding", "tied"}:
+        ids = torch.randint(0, shape[0], (3, 5), generator=g)
+        ids[0, 0] = 1  # the padding index is always asked for
+        return ids.to(case.device)
+    if case.specimen in {"conv2d", "grouped"}:
+        x = torch.randn(2, shape[0], 7, 8, generator=g, dtype=torch.float64)
+    else:
+        x = torch.randn(3, 4, shape[0], generator=g, dtype=torch.float64)  # (b, t, i)
+    return x.to(device=case.device, dtype=getattr(torch, case.dtype))
+
+
+def call(model: nn.Module, given: Any) -> Tensor:
+    """The outputs: a Phi-3's logits `(b, t, vocabulary)`, a layer's own otherwise."""
+    if isinstance(given, dict):
+        logits: Tensor = model(**given).logits
+        return logits
+    out: Tensor = model(given)
+    return out
+
+
+def loss(model: nn.Module, given: Any) -> Tensor:
+    """A scalar to train on: next-token cross-entropy for a Phi-3, distance to fixed targets otherwise."""
+    out = call(model, given)
+    if isinstance(given, dict):
+        shifted = out[:, :-1].flatten(0, 1).float()  # (b·(t-1), vocabulary)
+        return functional.cross_entropy(shifted, given["input_ids"][:, 1:].flatten())
+    goal = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
+    return ((out - goal) ** 2).mean()

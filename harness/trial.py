@@ -1,0 +1,327 @@
+"""A trial: one adapter at one case, and what a spec may do with it.
+
+    base ── inject ── randomize ── call ── close(truth, budget)
+
+A judge speaks to the implementation through this object alone, so that every spec seeds, sets modes
+and reads factors in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import warnings
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from harness import oracle, specimen, tolerance
+from harness.adapter import Adapter, Factors, LoraConfig
+from harness.failure import Broken, fail
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
+
+    from harness.case import Case
+    from harness.oracle import Snapshot
+
+
+@dataclass(slots=True)
+class Trial:
+    """One adapter on trial at one case.
+
+    Attributes:
+        adapter: the implementation.
+        case: the point.
+        margins: how much of each budget was used, in the order of the comparisons.
+        notes: what is worth telling although nothing fails, such as a case that is vacuous.
+    """
+
+    adapter: Adapter
+    case: Case
+    margins: list[tolerance.Margin] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _folders: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    # -- the parts ---------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's dtype."""
+        dtype: torch.dtype = getattr(torch, self.case.dtype)
+        return dtype
+
+    def claims(self, feature: str) -> bool:
+        """Whether a feature, a layer kind, a dtype or a bias mode is claimed."""
+        c = self.adapter.capabilities
+        return feature in c.features | c.layers | c.dtypes | c.bias
+
+    def base(self) -> nn.Module:
+        """The base, fresh: the same bits each time."""
+        return specimen.build(self.case)
+
+    def config(self, **changes: Any) -> LoraConfig:
+        """The case's configuration; `changes` are fields of `LoraConfig`."""
+        settings: dict[str, Any] = {
+            "r": self.case.r,
+            "lora_alpha": self.case.alpha,
+            "target_modules": specimen.targets(self.case),
+            "lora_dropout": self.case.dropout,
+            "enable_lora": specimen.parts(self.case),
+        }
+        return LoraConfig(**{**settings, **changes})
+
+    def inputs(self, seed: int = 0) -> Any:
+        """The inputs of one call; another seed gives others."""
+        return specimen.inputs(self.case, seed)
+
+    def folder(self) -> Path:
+        """An empty folder that is gone when the case is judged."""
+        return Path(
+            self._folders.enter_context(tempfile.TemporaryDirectory(prefix="lora-harness-"))
+        )
+
+    def close_folders(self) -> None:
+        """Remove what `folder` made."""
+        self._folders.close()
+
+    # -- the implementation ------------------------------------------------------------------------
+
+    def inject(
+        self, base: nn.Module | None = None, config: LoraConfig | None = None, *, seed: int = 0
+    ) -> nn.Module:
+        """LoRA on a base, seeded, in the unmerged state without dropout where there is one."""
+        base = self.base() if base is None else base
+        torch.manual_seed(3_000 + self.case.seed + seed)
+        model = self.adapter.inject(base, config or self.config())
+        if not isinstance(model, torch.nn.Module):
+            fail(
+                "names",
+                expected="inject returns the model to use, an nn.Module",
+                actual=f"it returns {type(model).__name__}",
+            )
+        self.unmerged(model)
+        return model
+
+    def adapted(self, base: nn.Module | None = None, config: LoraConfig | None = None) -> nn.Module:
+        """LoRA on a base with factors that matter: neither A nor B is zero."""
+        model = self.inject(base, config)
+        self.randomize(model)
+        return model
+
+    def unmerged(self, model: nn.Module) -> None:
+        """Eval mode; train mode where `eval()` is what merges."""
+        model.train(bool(getattr(self.adapter, "eval_merges", False)))
+
+    def factors(self, model: nn.Module) -> dict[str, list[Factors]]:
+        """The live factors, checked: known modules, whole, of shapes that fit."""
+        found = self.adapter.factors(model)
+        modules = dict(self.base().named_modules())
+        if not isinstance(found, dict) or not found:
+            fail("names", expected="factors for every adapted module", actual=repr(found)[:80])
+        for name, parts in found.items():
+            if name not in modules:
+                fail(
+                    "names",
+                    expected="factors by each module's dotted name in the base",
+                    actual=f"{name!r} is no module of the base",
+                )
+            for f in parts:
+                _check_shape(name, modules[name], f)
+        return found
+
+    def snapshot(self, model: nn.Module) -> Snapshot:
+        """What the live factors hold now, in float64, kept."""
+        return oracle.snapshot(self.factors(model))
+
+    def randomize(self, model: nn.Module, *, seed: int = 0, effect: float = 0.5) -> Snapshot:
+        """Give all factors seeded values, the same for every implementation; returns them.
+
+        ΔW's entries are about `effect` times as large as a freshly made weight's: large enough
+        that a fault shows, small enough that a model stays a model. Raises `Broken` where what was
+        written is not there when it is read again.
+        """
+        for name, parts in self.factors(model).items():
+            for k, f in enumerate(parts):
+                g = torch.Generator().manual_seed(zlib.crc32(f"{name}/{k}/{seed}".encode()))
+                with torch.no_grad():
+                    r, i = f.A.shape
+                    a = torch.randn(r, i, generator=g, dtype=torch.float64)
+                    b = torch.randn(f.B.shape[0], r, generator=g, dtype=torch.float64)
+                    f.A.copy_(a / i**0.25)
+                    f.B.copy_(effect * b / (i**0.25 * r**0.5 * max(abs(f.scaling), 1e-3)))
+                    if f.bias is not None:
+                        f.bias.copy_(torch.randn(f.bias.shape, generator=g, dtype=torch.float64))
+        written = self.snapshot(model)
+        for name, parts in written.items():
+            for f in parts:
+                if not f.B.any() or not f.A.any():
+                    fail(
+                        "no-effect",
+                        expected="factors are handles on live tensors: what is written stays",
+                        actual="A or B is zero again when factors are read a second time",
+                        where=name,
+                    )
+        return written
+
+    def call(self, model: nn.Module, given: Any) -> Tensor:
+        """Outputs without gradient, cloned."""
+        with torch.no_grad():
+            return specimen.call(model, given).clone()
+
+    # -- the truth ---------------------------------------------------------------------------------
+
+    def truth(self, base: nn.Module, factors: Snapshot, given: Any) -> Tensor:
+        """Float64 outputs of the base with W + ΔW in the place of W."""
+        return self.call(oracle.merged(base, factors), _double(given))
+
+    def budget(self, base: nn.Module, factors: Snapshot, given: Any) -> Tensor:
+        """The error that rounding allows on those outputs, by the coarsest dtype in play."""
+        coarse = self.factor_dtype
+        if specimen.is_linear(self.case):
+            absolute = given.double().abs() if given.is_floating_point() else given
+            M = self.call(oracle.magnitude(base, factors), absolute)
+            return tolerance.outputs(
+                M, n=specimen.reduction(self.case), dtype=self.dtype, factor_dtype=coarse
+            )
+        truth = self.truth(base, factors, given)
+        rounded = self.call(oracle.merged(base, factors, self.dtype), given)
+        return tolerance.model(rounded.double() - truth, truth, self.dtype)
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """The dtype of the implementation's factors at this case, read off a fresh injection."""
+        found = self.adapter.factors(self.inject())
+        return max(
+            (f.A.dtype for parts in found.values() for f in parts), key=tolerance.unit_roundoff
+        )
+
+    # -- the judgement -----------------------------------------------------------------------------
+
+    def close(self, actual: Tensor, truth: Tensor, budget: Tensor | float, what: str) -> None:
+        """Every element within its budget, or `Broken`; the margin is kept either way."""
+        if tuple(actual.shape) != tuple(truth.shape):
+            fail(
+                "value",
+                expected=f"{what} of shape {tuple(truth.shape)}",
+                actual=f"shape {tuple(actual.shape)}",
+            )
+        used, where = tolerance.margin(actual, truth, budget)
+        self.margins.append(used)
+        if not used.used <= 1:
+            raise Broken(
+                "value",
+                expected=f"{what} within {used.allowed:.3g} of {float(truth[where]):.6g}",
+                actual=f"{float(actual[where]):.6g}",
+                measured=used.measured,
+                allowed=used.allowed,
+                where=f"element {list(where)} of {list(truth.shape)}",
+                observed=actual.detach(),
+                truth=truth.detach(),
+            )
+
+    def same_bits(self, actual: Tensor, expected: Tensor, what: str) -> None:
+        """Bit for bit the same, or `Broken`."""
+        if actual.dtype != expected.dtype or actual.shape != expected.shape:
+            fail(
+                "dtype" if actual.dtype != expected.dtype else "value",
+                expected=f"{what}: {expected.dtype} {tuple(expected.shape)}",
+                actual=f"{actual.dtype} {tuple(actual.shape)}",
+            )
+        a, e = actual.detach().cpu(), expected.detach().cpu()
+        differs = (a != e) & ~(a.isnan() & e.isnan()) if a.is_floating_point() else a != e
+        self.margins.append(tolerance.Margin(0.0, 0.0, 0.0))
+        if differs.any():
+            error = (a.double() - e.double()).abs()
+            raise Broken(
+                "value",
+                expected=f"{what}, bit for bit",
+                actual=f"{int(differs.sum())} of {a.numel()} elements differ",
+                measured=float(error.max()),
+                allowed=0.0,
+                where=f"element {list(torch.unravel_index(error.argmax(), error.shape))}"
+                if error.dim()
+                else "",
+                observed=a,
+                truth=e,
+            )
+
+    def loud(self, act: Callable[[], object], *, expected: str) -> None:
+        """`act` raises or warns, or `Broken` of kind silent."""
+        with warnings.catch_warnings(record=True) as caught, _logged() as said:
+            warnings.simplefilter("always")
+            try:
+                act()
+            except Exception:  # noqa: BLE001  # any exception is loud
+                return
+        if not [w for w in caught if not _is_housekeeping(w)] and not said:
+            fail("silent", expected=expected, actual="nothing was raised and nothing was warned")
+
+
+def _is_housekeeping(caught: warnings.WarningMessage) -> bool:
+    """Deprecations say nothing of the input."""
+    return issubclass(
+        caught.category,
+        (DeprecationWarning, FutureWarning, PendingDeprecationWarning, ResourceWarning),
+    )
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[list[str]]:
+    """What is logged as a warning or worse meanwhile: libraries warn by logging too."""
+    import logging
+
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    listener = Listener(level=logging.WARNING)
+    loggers = [logging.getLogger()] + [
+        found
+        for found in logging.Logger.manager.loggerDict.values()
+        if isinstance(found, logging.Logger) and not found.propagate
+    ]
+    for logger in loggers:
+        logger.addHandler(listener)
+    try:
+        yield said
+    finally:
+        for logger in loggers:
+            logger.removeHandler(listener)
+
+
+def _double(given: Any) -> Any:
+    if isinstance(given, dict):
+        return given
+    return given.double() if given.is_floating_point() else given
+
+
+def _check_shape(name: str, module: nn.Module, f: Factors) -> None:
+    """Raise `Broken` where a factor pair cannot be the update of that module's weight."""
+    A, B = tuple(f.A.shape), tuple(f.B.shape)
+    size = torch.Size(getattr(module, "weight_shape", None) or oracle.weight_of(module).shape)
+    if isinstance(module, torch.nn.Embedding):
+        fits = A[1:] == (size[0],) and B[:1] == (size[1],)
+    elif isinstance(module, torch.nn.Conv2d):
+        fits = len(A) == len(B) == 2 and A[1] * B[0] == size.numel()
+    else:
+        rows = size[0]
+        if isinstance(f.rows, slice):
+            rows = len(range(*f.rows.indices(size[0])))
+        elif f.rows is not None:
+            rows = int(f.rows.sum()) if f.rows.dtype == torch.bool else f.rows.numel()
+        fits = A[1:] == (size[1],) and B[:1] == (rows,)
+    if not fits or len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+        fail(
+            "value",
+            expected=f"A (r, in) and B (out, r) for a weight {tuple(size)}",
+            actual=f"A {A}, B {B}, rows {f.rows}",
+            where=name,
+        )
