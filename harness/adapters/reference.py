@@ -1,0 +1,384 @@
+"""The reference: LoRA by its equation (`equation.py`) in modules of its own (`wrapped.py`).
+
+Each step of a method is a method itself, so that an implementation with one sin is the reference with
+one step replaced: see `harness.faults`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from harness._version import __version__
+from harness.adapter import Capabilities, Factors, LoraConfig, load_exactly, matches
+from harness.adapters import combination, settings
+from harness.adapters.equation import Branch, ConvBranch, EmbeddingBranch
+from harness.adapters.wrapped import Adapted, Whole, bare, swap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+def adapter() -> Reference:
+    """The factory that the registry calls."""
+    return Reference()
+
+
+@dataclass
+class State:
+    """What a model with adapters remembers: kept on the model, so that a copy has its own."""
+
+    active: str = "default"
+    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    trainable: dict[str, bool] = field(default_factory=dict)
+
+
+class Reference:
+    """LoRA written out: correct in everything it claims, and in no hurry."""
+
+    name = "reference"
+    version = __version__
+    capabilities = Capabilities(
+        layers=frozenset({"linear", "fused_linear", "embedding", "conv2d", "grouped_conv2d"}),
+        dtypes=frozenset({"float32", "bfloat16", "float16", "float64"}),
+        bias=frozenset({"none", "all", "lora_only"}),
+        features=frozenset(
+            {
+                "merge",
+                "unmerge",
+                "dropout",
+                "rslora",
+                "lora_bias",
+                "modules_to_save",
+                "disable",
+                "multi_adapter",
+                "combine",
+                "save",
+                "gradient_checkpointing",
+                "tied_embeddings",
+            }
+        ),
+    )
+    layer: type[Adapted] = Adapted
+    whole: type[Whole] = Whole
+    branches: ClassVar[Mapping[type[nn.Module], type[Branch]]] = {
+        nn.Linear: Branch,
+        nn.Embedding: EmbeddingBranch,
+        nn.Conv2d: ConvBranch,
+    }
+
+    # -- injection -------------------------------------------------------------------------------
+
+    def inject(self, model: nn.Module, config: LoraConfig) -> nn.Module:
+        """Adapt the modules named; the same model, in its own mode; ValueError if already adapted."""
+        if hasattr(model, "_lora"):
+            raise ValueError("the model is adapted already: `add` adds another adapter")
+        model._lora = State()  # type: ignore[assignment]  # noqa: SLF001
+        try:
+            self.attach(model, "default", config, trainable=True)
+        except BaseException:
+            del model._lora
+            raise
+        self.set_trainability(model)
+        self.checkpoint_inputs(model)
+        return model
+
+    def attach(self, model: nn.Module, name: str, config: LoraConfig, *, trainable: bool) -> None:
+        """Give the modules that `config` names an adapter called `name`; nothing if that raises."""
+        with bare(model):
+            targets = self.targets(model, config)
+            whole = self.whole_modules(model, config, targets)
+            made = {
+                path: self.make_branches(path, module, name, config)
+                for path, module in targets.items()
+            }
+        for path, branches in made.items():
+            layer: Any = self.wrapper(model, path, self.layer)
+            layer.adapters[name] = nn.ModuleList(branches).train(layer.training)
+            layer.adapters[name].requires_grad_(False)
+        for path in whole:
+            self.wrapper(model, path, self.whole).copy_for(name)
+        self.state(model).configs[name] = config
+        self.state(model).trainable[name] = trainable
+
+    def targets(self, model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+        """The modules to adapt, by path."""
+        return config.targets(model)
+
+    def whole_modules(
+        self, model: nn.Module, config: LoraConfig, targets: Mapping[str, nn.Module]
+    ) -> list[str]:
+        """Paths of `modules_to_save`; ValueError on a name without a module, or on an overlap."""
+        found = []
+        for name in config.modules_to_save:
+            paths = [path for path, _ in model.named_modules() if matches(path, name)]
+            if not paths:
+                raise ValueError(f"modules_to_save: {name} matches no module")
+            found += paths
+        for path in found:
+            for target in targets:
+                if f"{target}.".startswith(f"{path}.") or f"{path}.".startswith(f"{target}."):
+                    raise ValueError(f"{path} is in modules_to_save, and {target} is adapted")
+        return list(dict.fromkeys(found))
+
+    def make_branches(
+        self, path: str, base: nn.Module, adapter: str, config: LoraConfig
+    ) -> list[Branch]:
+        """One branch for each part of a layer; ValueError on a layer that has no such equation."""
+        kind = next(
+            (kind for base_kind, kind in self.branches.items() if isinstance(base, base_kind)), None
+        )
+        if kind is None:
+            known = ", ".join(base_kind.__name__ for base_kind in self.branches)
+            raise ValueError(f"{path} is a {type(base).__name__}; what can be adapted is {known}")
+        branches = [kind(base, config, rows) for rows in config.parts(path) or [None]]  # type: ignore[list-item]
+        for part, branch in enumerate(branches):
+            branch.initialize(self.generator(f"{adapter}/{path}/{part}"))
+        return branches
+
+    def generator(self, key: str) -> torch.Generator:
+        """Draws for one branch: by torch's seed and the branch's name; torch's own state stays."""
+        return torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(key.encode()))
+
+    def wrapper(self, model: nn.Module, path: str, kind: type[Any]) -> Any:
+        """The wrapper at `path`, put there if there is none."""
+        module = model.get_submodule(path)
+        if not isinstance(module, kind):
+            wrapped = kind(module)
+            swap(model, {module: wrapped})
+            wrapped.active = self.state(model).active
+            module = wrapped
+        return module
+
+    def checkpoint_inputs(self, model: Any) -> None:
+        """Let reentrant checkpoints see an input that needs a gradient, whenever they are enabled."""
+        if hasattr(model, "is_gradient_checkpointing"):
+            hook = partial(_need_gradient, model)
+            model.get_input_embeddings().register_forward_hook(hook)
+
+    # -- what trains -----------------------------------------------------------------------------
+
+    def set_trainability(self, model: nn.Module) -> None:
+        """Freeze everything, then free what the active adapter trains."""
+        self.freeze(model)
+        if self.state(model).trainable[self.state(model).active]:
+            for tensor in self.trained(model).values():
+                if isinstance(tensor, nn.Parameter):
+                    tensor.requires_grad_(True)
+
+    def freeze(self, model: nn.Module) -> None:
+        """Nothing trains."""
+        model.requires_grad_(False)
+
+    def trained(self, model: nn.Module) -> dict[str, Tensor]:
+        """The active adapter's live tensors, by their names in a checkpoint."""
+        return self.factor_tensors(model) | self.biases(model) | self.whole_tensors(model)
+
+    def factor_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """`path.lora_A`, or `path.lora_A.0` and on for parts."""
+        return {
+            self.key(path, kind, branch): tensor
+            for path, layer in self.layers(model).items()
+            for number, branch in enumerate(layer.branches)
+            for kind, tensor in branch.named_parameters(prefix=str(number) if branch.rows else "")
+        }
+
+    def key(self, path: str, kind: str, branch: Branch) -> str:  # noqa: ARG002
+        """The name of a factor in a checkpoint."""
+        return f"{path}.{kind}"
+
+    def biases(self, model: nn.Module) -> dict[str, Tensor]:
+        """The base's biases that train, by their names in the base."""
+        mode = self.config(model).bias
+        layers = self.layers(model)
+        ours = {module for wrapper in self.wrappers(model) for module in wrapper.modules()}
+        bases = {path: module for path, module in model.named_modules() if module not in ours}
+        bases |= {path: layer.original for path, layer in layers.items()}
+        return {
+            f"{path}.bias".removeprefix("."): module.bias
+            for path, module in bases.items()
+            if isinstance(getattr(module, "bias", None), nn.Parameter)
+            and (mode == "all" or (mode == "lora_only" and path in layers))
+        }
+
+    def whole_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors of the active copies, by their names in the base."""
+        return {
+            f"{path}.{key}": tensor
+            for path, module in model.named_modules()
+            if isinstance(module, Whole) and module.active in module.adapters
+            for key, tensor in module.adapters[module.active].state_dict(keep_vars=True).items()
+        }
+
+    # -- what the harness reads ------------------------------------------------------------------
+
+    def factors(self, model: nn.Module) -> dict[str, list[Factors]]:
+        """Of the active adapter; the parameters themselves."""
+        return {
+            path: [
+                Factors(b.lora_A, b.lora_B, b.scaling, rows=b.rows, bias=b.lora_bias)
+                for b in layer.branches
+            ]
+            for path, layer in self.layers(model).items()
+            if layer.branches
+        }
+
+    def base_weight(self, model: nn.Module, name: str) -> Tensor:
+        """The weight that the base path multiplies by now."""
+        return self.layers(model)[name].weight
+
+    def layers(self, model: nn.Module) -> dict[str, Adapted]:
+        """The adapted layers, by path."""
+        return {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}
+
+    def wrappers(self, model: nn.Module) -> list[Adapted | Whole]:
+        """Everything that stands in a base module's place."""
+        return [module for module in model.modules() if isinstance(module, Adapted | Whole)]
+
+    def state(self, model: nn.Module) -> State:
+        """What the model remembers; ValueError where it has no adapter."""
+        if not hasattr(model, "_lora"):
+            raise ValueError("the model has no adapter: `inject` first")
+        return model._lora  # type: ignore[return-value]  # noqa: SLF001
+
+    def config(self, model: nn.Module) -> LoraConfig:
+        """The active adapter's."""
+        state = self.state(model)
+        return state.configs[state.active]
+
+    # -- the checkpoint --------------------------------------------------------------------------
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The active adapter's factors, trained biases and `modules_to_save`, by base names."""
+        return {key: tensor.detach() for key, tensor in self.trained(model).items()}
+
+    def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Into the active adapter; ValueError on what does not fit, RuntimeError while merged."""
+        self.require_unmerged(model, "load")
+        load_exactly(self.state_dict(model), state)
+
+    def save(self, model: nn.Module, directory: Path) -> None:
+        """Write the active adapter's tensors and settings."""
+        settings.write(Path(directory), self.config(model), self.state_dict(model))
+
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        """Into a bare base, in the base's mode."""
+        config, state = settings.read(Path(directory))
+        model = self.inject(base, config)
+        self.load_state_dict(model, state)
+        self.state(model).trainable["default"] = trainable
+        self.set_trainability(model)
+        return model
+
+    # -- merging ---------------------------------------------------------------------------------
+
+    def merge(self, model: nn.Module) -> None:
+        """W + ΔW in the base's place; ValueError, and nothing changed, where that is not finite."""
+        with torch.no_grad():
+            merged = {
+                layer: layer.merged()
+                for layer in self.layers(model).values()
+                if layer.branches and not layer.kept
+            }
+        for layer, module in merged.items():
+            layer.merge(module)
+
+    def unmerge(self, model: nn.Module) -> None:
+        """The base's own modules back in place: bit for bit."""
+        for layer in self.layers(model).values():
+            layer.unmerge()
+
+    def require_unmerged(self, model: nn.Module, verb: str) -> None:
+        """RuntimeError while merged: what is folded into the weights would no longer be ours."""
+        if any(layer.kept for layer in self.layers(model).values()):
+            raise RuntimeError(f"the adapter is merged: unmerge before you {verb}")
+
+    @contextmanager
+    def disable(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the base acts, merged or not; trained biases stay, they are the base's own."""
+        before = [(wrapper, wrapper.enabled) for wrapper in self.wrappers(model)]
+        for wrapper, _ in before:
+            wrapper.enabled = False
+        try:
+            yield
+        finally:
+            for wrapper, enabled in before:
+                wrapper.enabled = enabled
+
+    # -- several adapters ------------------------------------------------------------------------
+
+    def add(
+        self, model: nn.Module, name: str, config: LoraConfig, *, trainable: bool = True
+    ) -> None:
+        """Add without activating; ValueError on a name in use, or on biases, which all would share."""
+        self.require_unmerged(model, "add")
+        configs = self.state(model).configs
+        if name in configs or not name or "." in name:
+            raise ValueError(f"the adapter's name {name!r} is in use, empty or has a dot")
+        if config.bias != "none" or any(other.bias != "none" for other in configs.values()):
+            raise ValueError("bias: several adapters would train the same biases")
+        self.attach(model, name, config, trainable=trainable)
+
+    def activate(self, model: nn.Module, name: str) -> None:
+        """That one alone acts, and trains if it was added to."""
+        self.require_unmerged(model, "activate")
+        self.require_adapter(model, name)
+        self.state(model).active = name
+        for wrapper in self.wrappers(model):
+            wrapper.active = name
+        self.set_trainability(model)
+
+    def delete(self, model: nn.Module, name: str) -> None:
+        """Remove one; ValueError on a name that is not there, or that acts."""
+        self.require_adapter(model, name)
+        state = self.state(model)
+        if name == state.active:
+            raise ValueError(f"the adapter {name!r} is active: activate another first")
+        for wrapper in self.wrappers(model):
+            if name in wrapper.adapters:
+                del wrapper.adapters[name]
+            if not wrapper.adapters:
+                swap(model, {wrapper: wrapper.base})
+        del state.configs[name], state.trainable[name]
+
+    def require_adapter(self, model: nn.Module, name: str) -> None:
+        """ValueError on a name that is not there."""
+        if name not in (names := self.state(model).configs):
+            raise ValueError(f"no adapter is called {name!r}; there are {', '.join(names)}")
+
+    def combine(
+        self, model: nn.Module, names: list[str], weights: list[float], new_name: str
+    ) -> None:
+        """ΔW = Σ weight · ΔW by concatenated factors, at rank Σ r and scaling 1.
+
+        ValueError where the adapters' parts differ, or where one has more than factors.
+        """
+        self.require_unmerged(model, "combine")
+        for name in names:
+            self.require_adapter(model, name)
+        configs = [self.state(model).configs[name] for name in names]
+        if not names or len(names) != len(weights):
+            raise ValueError(f"{len(names)} adapters to combine, and {len(weights)} weights")
+        if any(config.modules_to_save for config in configs):
+            raise ValueError("modules_to_save: whole modules have no weighted sum")
+        layers = {
+            path: layer
+            for path, layer in self.layers(model).items()
+            if any(layer.of(name) for name in names)
+        }
+        self.add(model, new_name, combination.config(list(layers), configs))
+        for layer in layers.values():
+            combination.fill(layer, list(zip(names, weights, strict=True)), new_name)
+
+
+def _need_gradient(model: Any, module: nn.Module, args: object, output: Tensor) -> None:  # noqa: ARG001
+    """The hook: a frozen embedding's output needs a gradient when it goes into a checkpoint."""
+    if model.is_gradient_checkpointing and module.training and not output.requires_grad:
+        output.requires_grad_(True)
