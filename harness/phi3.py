@@ -98,9 +98,8 @@ def load(
     """
     _check_settings(dtype, attn_implementation)
     name = str(name_or_path)
-    untrained = not (directory() / "model.safetensors").is_file()
-    if name in NAMES and (name != "tiny" or untrained):
-        return _random(
+    if name in NAMES and name != "tiny":
+        return untrained(
             name,
             dtype=dtype,
             device=device,
@@ -118,17 +117,24 @@ def load(
     )
 
 
-def _random(
-    name: str, *, dtype: str, device: str, attn_implementation: str, use_cache: bool, seed: int
+def untrained(
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    attn_implementation: str = "sdpa",
+    use_cache: bool = False,
+    seed: int = 0,
 ) -> Phi3ForCausalLM:
+    """A named model with seeded random weights, as `load` tells; `tiny`, too."""
     import torch
-    from transformers import Phi3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
     settings = config(name)
     settings.use_cache = use_cache
     where = _device(device)
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []), where:
-        model = Phi3ForCausalLM._from_config(
+        model: Phi3ForCausalLM = AutoModelForCausalLM.from_config(
             settings,
             attn_implementation=attn_implementation,
             **{_dtype_argument(): getattr(torch, dtype)},
