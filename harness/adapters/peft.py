@@ -1,0 +1,217 @@
+"""Hugging Face PEFT, driven through its public calls, from 0.3 on.
+
+Glue and nothing else: no call is repeated, skipped or repaired for PEFT, as its faults are what the
+harness is there to show. What a release does not have is not claimed of it, by looking for the feature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import peft
+from peft.tuners import lora
+
+from harness.adapter import Bias, Capabilities, Dtype, Factors, Feature, Layer
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor, nn
+
+    from harness.adapter import LoraConfig
+
+
+def adapter() -> Peft:
+    """The factory that the registry calls."""
+    return Peft()
+
+
+class Peft:
+    """LoRA as the installed PEFT has it."""
+
+    name = "peft"
+
+    def __init__(self) -> None:
+        self.version = version("peft")
+        self.capabilities = capabilities()
+
+    def inject(self, model: nn.Module, config: LoraConfig) -> Any:
+        """`get_peft_model`; a model without a `config`, which that needed at first, `PeftModel`."""
+        wrap = peft.get_peft_model if hasattr(model, "config") else peft.PeftModel
+        return wrap(model, settings(model, config))
+
+    def factors(self, model: Any) -> dict[str, list[Factors]]:
+        """The weights of the active adapter's `lora_A` and `lora_B`, by names in the base."""
+        name = model.active_adapter
+        return {
+            path: [_factors(layer, name)]
+            for path, layer in model.get_base_model().named_modules()
+            if isinstance(layer, lora.LoraLayer) and name in _downs(layer)
+        }
+
+    def base_weight(self, model: Any, name: str) -> Tensor:
+        """Of the base layer that the LoRA layer holds or, before 0.7, is."""
+        layer = model.get_base_model().get_submodule(name)
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        weight: Tensor = base.weight
+        return weight
+
+    def state_dict(self, model: Any) -> dict[str, Tensor]:
+        """`get_peft_model_state_dict` of the active adapter."""
+        state: dict[str, Tensor] = peft.get_peft_model_state_dict(
+            model, adapter_name=model.active_adapter
+        )
+        return state
+
+    def load_state_dict(self, model: Any, state: dict[str, Tensor]) -> None:
+        """`set_peft_model_state_dict`; ValueError where PEFT itself tells of a misfit, from 0.14 on."""
+        name = model.active_adapter
+        result = peft.set_peft_model_state_dict(model, dict(state), adapter_name=name)
+        if not _tells_misfits():
+            return
+        # `PeftModel.load_adapter` picks the adapter's own out of the missing keys by this rule.
+        missing = [key for key in result.missing_keys if "lora_" in key and name in key]
+        if missing or result.unexpected_keys:
+            raise ValueError(
+                f"the checkpoint does not fit: missing {missing[:3]}, "
+                f"unexpected {result.unexpected_keys[:3]}"
+            )
+
+    def merge(self, model: Any) -> None:
+        """`merge_adapter`."""
+        model.base_model.merge_adapter()
+
+    def unmerge(self, model: Any) -> None:
+        """`unmerge_adapter`."""
+        model.base_model.unmerge_adapter()
+
+    def disable(self, model: Any) -> AbstractContextManager[object]:
+        """`disable_adapter`."""
+        context: AbstractContextManager[object] = model.disable_adapter()
+        return context
+
+    def add(self, model: Any, name: str, config: LoraConfig, *, trainable: bool = True) -> None:
+        """`add_adapter`; a frozen one is in PEFT's inference mode."""
+        model.add_adapter(name, settings(model.get_base_model(), config, inference=not trainable))
+
+    def activate(self, model: Any, name: str) -> None:
+        """`set_adapter`, which frees what it activates: a frozen one is frozen as its docstring says."""
+        model.set_adapter(name)
+        if model.peft_config[name].inference_mode:
+            for key, parameter in model.named_parameters():
+                if "lora_" in key and f".{name}" in key:
+                    parameter.requires_grad = False
+
+    def delete(self, model: Any, name: str) -> None:
+        """`delete_adapter`."""
+        model.delete_adapter(name)
+
+    def combine(self, model: Any, names: list[str], weights: list[float], new_name: str) -> None:
+        """`add_weighted_adapter` by `cat`, the one type whose ΔW is the weighted sum."""
+        model.base_model.add_weighted_adapter(names, weights, new_name, combination_type="cat")
+
+    def save(self, model: Any, directory: Path) -> None:
+        """`save_pretrained` of the active adapter."""
+        only: dict[str, Any] = {}
+        if "selected_adapters" in inspect.signature(model.save_pretrained).parameters:
+            only["selected_adapters"] = [model.active_adapter]
+        model.save_pretrained(str(directory), **only)
+
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> Any:
+        """`PeftModel.from_pretrained`; all but "default" lie in a folder of their name."""
+        found = next(iter(sorted(Path(directory).rglob("adapter_config.json"))), None)
+        where = str(found.parent if found else directory)
+        return peft.PeftModel.from_pretrained(base, where, is_trainable=trainable)
+
+
+def settings(model: nn.Module, config: LoraConfig, *, inference: bool = False) -> Any:
+    """PEFT's own LoraConfig; a setting that the release has not raises its TypeError."""
+    given: dict[str, Any] = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": _targets(model, config),
+        "bias": config.bias,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "inference_mode": inference,
+    }
+    if hasattr(model, "prepare_inputs_for_generation"):
+        given["task_type"] = "CAUSAL_LM"
+    if config.use_rslora:
+        given["use_rslora"] = True
+    if config.lora_bias:
+        given["lora_bias"] = True
+    return peft.LoraConfig(**given)
+
+
+def capabilities() -> Capabilities:
+    """What the installed release offers."""
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    features: set[Feature] = {
+        "merge",
+        "unmerge",
+        "dropout",
+        "modules_to_save",
+        "disable",
+        "multi_adapter",
+        "save",
+        "gradient_checkpointing",
+        # Merging tied weights is warned of, not refused: users do it (BUGS 14).
+        "tied_embeddings",
+    }
+    if "use_rslora" in fields:
+        features.add("rslora")
+    if "lora_bias" in fields:
+        features.add("lora_bias")
+    if "combination_type" in inspect.signature(lora.LoraModel.add_weighted_adapter).parameters:
+        features.add("combine")
+    if find_spec("bitsandbytes"):
+        features.add("quantized_base")
+    layers: set[Layer] = {"linear", "embedding"}
+    if hasattr(lora, "Conv2d"):
+        layers.add("conv2d")
+    dtypes: set[Dtype] = {"float32", "bfloat16", "float16", "float64"}
+    biases: set[Bias] = {"none", "all", "lora_only"}
+    return Capabilities(
+        layers=frozenset(layers),
+        dtypes=frozenset(dtypes),
+        bias=frozenset(biases),
+        features=frozenset(features),
+    )
+
+
+def _targets(model: nn.Module, config: LoraConfig) -> list[str] | str:
+    """As given; where PEFT does not take "all-linear", the names that it stands for."""
+    if not isinstance(config.target_modules, str):
+        return list(config.target_modules)
+    from transformers import PreTrainedModel
+
+    if hasattr(peft.tuners.tuners_utils, "_maybe_include_all_linear_layers") and isinstance(
+        model, PreTrainedModel
+    ):
+        return config.target_modules
+    return list(config.targets(model))
+
+
+def _downs(layer: Any) -> Any:
+    """Where a layer keeps its `A`s: an embedding's stand by themselves."""
+    return layer.lora_A if len(layer.lora_A) else layer.lora_embedding_A
+
+
+def _factors(layer: Any, name: str) -> Factors:
+    """The handles on one layer; a convolution's A (r, n) and B (o, r) are views of its kernels."""
+    scaling = float(layer.scaling[name])
+    if name in layer.lora_embedding_A:
+        return Factors(layer.lora_embedding_A[name], layer.lora_embedding_B[name], scaling)
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    return Factors(down.weight.flatten(1), up.weight.flatten(1), scaling, bias=up.bias)
+
+
+def _tells_misfits() -> bool:
+    """Whether PEFT warns its user of a checkpoint that misses keys: from 0.14."""
+    return "missing adapter keys" in inspect.getsource(peft.PeftModel)
