@@ -85,3 +85,16 @@ def _plain(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+LAYER_OF: dict[str, str] = {
+    "embedding": "embedding",
+    "conv2d": "conv2d",
+    "grouped": "grouped_conv2d",
+    "fused": "fused_linear",
+    "fused-unequal": "fused_linear",
+}
+"""The layer kind a specimen asks an implementation to claim; linear where it is not named."""
+
+LAYER_SPECIMENS = frozenset({*LAYER_OF, "linear", "bare", "stack", "tied", "shared"})
+"""The specimens made for the specs; any other name is a model's."""

@@ -25,6 +25,7 @@ Kind = Literal[
     "no-effect",  # something that must act does nothing
     "raised",  # the implementation raised
     "cost",  # more operations or bytes than the documented cost
+    "known",  # the list of known failures is no longer true
     "hang",  # no answer within the limit
     "crash",  # the process died
 ]
@@ -115,6 +116,10 @@ class Broken(Exception):  # noqa: N818  # it says that a property is broken, not
             where=self.where,
             reproduce=reproduce,
         )
+
+
+class NotRun(Exception):  # noqa: N818  # it is an outcome, not an error
+    """A judge cannot run here, for a reason that is not the implementation's: what is missing."""
 
 
 def fail(

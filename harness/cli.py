@@ -1,0 +1,227 @@
+"""The command line. Loads nothing heavy: each command's module is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness._version import __version__
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+EXIT_CODES = """\
+exit codes: 0 holds · 1 does not hold (a failed MUST, a worse row) · 2 wrong usage or unreadable input ·
+3 incomplete, incomparable or inconclusive where a decision was asked for"""
+
+INTERRUPTED = 130
+"""What a shell expects of a command that Ctrl-C ended: 128 + SIGINT."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Usage errors are one line and exit 2."""
+    args = _parser().parse_args(argv)
+    try:
+        module, function = _COMMANDS[args.command]
+        run: Callable[[argparse.Namespace], int] = getattr(import_module(module), function)
+        return run(args)
+    except UsageError as error:
+        print(f"lora-harness {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"lora-harness {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader, `head` say, has seen enough; nothing is left to tell it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+_COMMANDS = {
+    "finetune": ("harness.finetune", "command"),
+    "check": ("harness.telling", "check_command"),
+    "list": ("harness.telling", "list_command"),
+    "bench": ("harness.measure.bench", "command"),
+    "plan": ("harness.plan", "command"),
+    "matrix": ("harness.matrix", "command"),
+    "compare": ("harness.report.compare", "command"),
+    "report": ("harness.report.html", "command"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, as everywhere here."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]  # it exits, as the original
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lora-harness",
+        description="Is this LoRA implementation right, and did it get slower or hungrier?",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lora-harness {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+    )
+    for name, (help_, arguments) in {
+        "finetune": (
+            "the documented procedure end to end, and proof of what it made",
+            _finetune_arguments,
+        ),
+        "check": ("a verdict on one implementation", _check_arguments),
+        "list": ("the catalogue of specs", _list_arguments),
+        "bench": (
+            "throughput and memory over rank, dtype, implementation, model",
+            _bench_arguments,
+        ),
+        "plan": ("what fits a memory budget, with no GPU", _plan_arguments),
+        "matrix": ("the same run under other library versions", _matrix_arguments),
+        "compare": ("two or more reports, row by row", _compare_arguments),
+        "report": ("a report as HTML or Markdown", _report_arguments),
+    }.items():
+        sub = commands.add_parser(name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.")
+        arguments(sub)
+    return parser
+
+
+def _finetune_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--recipe", default="quick", help="a recipe's name or a TOML file (default: quick)"
+    )
+    p.add_argument(
+        "--adapter",
+        action="append",
+        metavar="NAME",
+        help="implementation, repeatable (default: peft, then loralib)",
+    )
+    p.add_argument("--model", help="tiny, mini-4k, ..., a directory or a hub id")
+    p.add_argument("--data", help="a JSON, JSONL or Parquet file of conversations, or a hub id")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="TABLE.KEY=VALUE",
+        help="override a value of the recipe, repeatable",
+    )
+    p.add_argument(
+        "--output", type=Path, metavar="DIR", help="where adapter, log and checkpoints go"
+    )
+    p.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --output"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
+    p.add_argument(
+        "--allow-partial-targets",
+        action="store_true",
+        help="go on where some target names match nothing",
+    )
+    p.add_argument(
+        "--generate",
+        metavar="PROMPT",
+        nargs="?",
+        const="",
+        help="no training: answer a prompt with the model and, given --output, its adapter",
+    )
+    p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    p.add_argument("--budget", metavar="SIZE", help="the most GPU memory to use, such as 8GiB")
+    _json(p)
+
+
+def _check_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "adapter", help="peft, loralib, reference, an entry-point name, or pkg.module:factory"
+    )
+    p.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="ID|FAMILY",
+        help="judge this spec or family only, repeatable",
+    )
+    p.add_argument(
+        "--tier",
+        choices=("smoke", "core", "full"),
+        default="core",
+        help="how much to judge (default: core)",
+    )
+    p.add_argument("--case", help="judge at this one case, as a failure record gives it")
+    p.add_argument("--model", help="in the place of the Phi-3 specimens")
+    p.add_argument("--device", help="cpu or cuda")
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "float64"),
+        help="judge in this dtype only",
+    )
+    p.add_argument(
+        "--known",
+        type=Path,
+        metavar="FILE",
+        help="known failures, instead of those that come with the harness",
+    )
+    p.add_argument(
+        "--explore",
+        action="store_true",
+        help="also search at random for counterexamples; never changes the verdict",
+    )
+    p.add_argument(
+        "--limit",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="the most one spec may take (default: 60)",
+    )
+    _json(p)
+
+
+def _list_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="ID|FAMILY",
+        help="this spec or family, repeatable",
+    )
+    p.add_argument(
+        "--tier",
+        choices=("smoke", "core", "full"),
+        default="full",
+        help="up to this tier (default: full)",
+    )
+    _json(p)
+
+
+def _bench_arguments(p: argparse.ArgumentParser) -> None:
+    _json(p)
+
+
+def _plan_arguments(p: argparse.ArgumentParser) -> None:
+    _json(p)
+
+
+def _matrix_arguments(p: argparse.ArgumentParser) -> None:
+    _json(p)
+
+
+def _compare_arguments(p: argparse.ArgumentParser) -> None:
+    _json(p)
+
+
+def _report_arguments(p: argparse.ArgumentParser) -> None:
+    _json(p)
+
+
+def _json(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--json", type=Path, metavar="PATH", help="write what was found as JSON")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""Judge specs on one implementation, through a session, each once and needed ones first."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness.case import LAYER_OF, LAYER_SPECIMENS, Case
+from harness.errors import UsageError
+from harness.failure import Failure
+from harness.session import Lost
+from harness.spec import Spec, catalogue
+
+if TYPE_CHECKING:
+    from harness.known import Known
+    from harness.session import Session
+
+Outcome = Literal["passed", "failed", "blocked", "known", "not_claimed", "not_run"]
+
+LIMIT = 60.0
+"""Seconds a spec may take before the implementation is said to hang."""
+
+DIAGNOSIS_LIMIT = 2.0
+"""Seconds a diagnosis may take; after that none is given."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Result:
+    """What became of one spec.
+
+    Attributes:
+        spec: its id.
+        level: MUST or SHOULD.
+        outcome: passed, failed, blocked, known, not_claimed or not_run.
+        cases: at how many points it was judged.
+        failures: one for each case at which it does not hold, in the order of the cases.
+        margin: the largest part of an error budget used, 0 to 1; None where nothing was compared.
+        notes: what is worth telling: by what it is blocked, why it was not run, what was vacuous.
+        seconds: wall time, for information.
+    """
+
+    spec: str
+    level: str
+    outcome: Outcome
+    cases: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    margin: float | None = None
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON holds it."""
+        return {
+            **dataclasses.asdict(self),
+            "failures": [failure.as_dict() for failure in self.failures],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """The points at which a spec is judged in this run."""
+
+    only: Case | None
+    model: str | None
+    device: str | None
+    dtype: str | None
+    tier: str
+
+    def of(self, item: Spec) -> list[Case]:
+        """The cases of one spec."""
+        if self.only is not None:
+            return [self.only]
+        found: dict[Case, None] = {}
+        for case in (*item.cases, *(item.more_cases if self.tier == "full" else ())):
+            changes: dict[str, Any] = {}
+            if self.model and case.specimen not in LAYER_SPECIMENS:
+                changes["specimen"] = self.model
+            if self.device:
+                changes["device"] = self.device
+            if self.dtype:
+                changes["dtype"] = self.dtype
+            found[case.with_(**changes)] = None
+        return list(found)
+
+
+class Judge:
+    """Judges specs on one implementation, each once, needed ones first."""
+
+    def __init__(
+        self,
+        session: Session,
+        points: Points | None = None,
+        *,
+        limit: float = LIMIT,
+        explore: bool = False,
+    ) -> None:
+        self._session = session
+        self._points = points or Points(None, None, None, None, "core")
+        self._limit = limit
+        self._explore = explore
+        self._diagnosed = False
+        described = session.ask({"do": "describe"}, limit=limit)
+        if isinstance(described, Lost):
+            raise UsageError(
+                f"the adapter cannot be loaded: {described.how}; import it by itself to see why"
+            )
+        self.name: str = described["name"]
+        self.version: str = described["version"]
+        self.methods: list[str] = described["methods"]
+        self.claims: dict[str, list[str]] = described["capabilities"]
+        self.known: list[Known] = []
+        self.results: dict[str, Result] = {}
+
+    def result(self, item: Spec) -> Result:
+        """What becomes of a spec; judged the first time, with what it needs."""
+        if item.id not in self.results:
+            self.results[item.id] = self._judge(item)
+        return self.results[item.id]
+
+    def _judge(self, item: Spec) -> Result:
+        cases = [case for case in self._points.of(item) if self._claimed(case)]
+        result = Result(spec=item.id, level=item.level, outcome="passed")
+        lacking = [feature for feature in item.features if feature not in self.claims["features"]]
+        if lacking or not cases:
+            result.outcome = "not_claimed"
+            result.notes = [f"{', '.join(lacking)} is not claimed"] if lacking else []
+            return result
+        blockers = [need for need in item.needs if self._blocks(need)]
+        if blockers:
+            result.outcome = "blocked"
+            result.notes = [f"needs {', '.join(blockers)}"]
+            return result
+        started = time.monotonic()
+        self._ask_all(item, cases, result)
+        result.seconds = round(time.monotonic() - started, 3)
+        self._settle(item, cases, result)
+        return result
+
+    def _blocks(self, need: str) -> bool:
+        """A need that failed blocks; one that is not claimed or known to fail does not."""
+        return self.result(catalogue()[need]).outcome in {"failed", "blocked", "not_run"}
+
+    def _claimed(self, case: Case) -> bool:
+        layer = LAYER_OF.get(case.specimen, "linear")
+        return layer in self.claims["layers"] and case.dtype in self.claims["dtypes"]
+
+    def _ask_all(self, item: Spec, cases: list[Case], result: Result) -> None:
+        deadline = time.monotonic() + self._limit
+        for case in cases:
+            left = max(deadline - time.monotonic(), 0.001)
+            answer = self._session.ask(
+                {"do": "judge", "spec": item.id, "case": str(case)}, limit=left
+            )
+            result.cases += 1
+            if isinstance(answer, Lost):
+                result.failures.append(self._lost(item, case, answer))
+                return
+            self._take(item, answer, result)
+            if "not_run" in answer:
+                result.outcome = "not_run"
+                return
+        if item.search is not None and self._points.only is None and not result.failures:
+            self._search(item, result, deadline)
+
+    def _search(self, item: Spec, result: Result, deadline: float) -> None:
+        for explore in (False, True) if self._explore else (False,):
+            answer = self._session.ask(
+                {"do": "search", "spec": item.id, "explore": explore},
+                limit=max(deadline - time.monotonic(), 0.001) + (self._limit if explore else 0),
+            )
+            if isinstance(answer, Lost):
+                if not explore:
+                    result.failures.append(self._lost(item, Case(way="search"), answer))
+                return
+            if explore and answer["failure"]:
+                result.notes.append(f"explored, a case to keep: --case {answer['case']}")
+                continue
+            result.cases += 1
+            self._take(item, answer, result)
+
+    def _take(self, item: Spec, answer: dict[str, Any], result: Result) -> None:
+        result.notes += [note for note in answer["notes"] if note not in result.notes]
+        if answer.get("not_run"):
+            result.notes.append(answer["not_run"])
+        if answer["margin"] is not None:
+            result.margin = max(result.margin or 0.0, answer["margin"])
+        if answer["failure"]:
+            told = {**answer["failure"], "looks_like": ()}
+            told["reproduce"] = self._reproduce(item, told["case"])
+            result.failures.append(Failure(**told))
+
+    def _reproduce(self, item: Spec, case: str) -> str:
+        return f"lora-harness check {self._session.spelling} --only {item.id} --case '{case}'"
+
+    def _lost(self, item: Spec, case: Case, lost: Lost) -> Failure:
+        return Failure(
+            kind=lost.kind,
+            case=str(case),
+            expected=f"an answer within {self._limit:g} s",
+            actual=lost.how,
+            reproduce=self._reproduce(item, str(case)),
+        )
+
+    def _settle(self, item: Spec, cases: list[Case], result: Result) -> None:
+        """The outcome, with what is known taken into account."""
+        entries = [entry for entry in self.known if entry.spec == item.id]
+        open_ones, used = [], set()
+        for failure in result.failures:
+            case = Case.parse(failure.case)
+            excuse = next((e for e in entries if e.excuses(item.id, case, failure)), None)
+            if excuse is None:
+                open_ones.append(failure)
+            else:
+                used.add(id(excuse))
+        if result.failures:
+            result.outcome = "failed" if open_ones else "known"
+            result.notes += [f"known: {e.reason} ({e.url})" for e in entries if id(e) in used]
+        if open_ones:
+            self._diagnose(item, open_ones[0], result)
+        complete = self._points.only is None and result.outcome != "not_run"
+        for entry in entries:
+            untrue = _untrue(entry, cases, used=id(entry) in used) if complete else ""
+            if untrue:
+                result.outcome = "failed"
+                result.failures.append(
+                    Failure(
+                        kind="known",
+                        case="",
+                        expected=f"{entry.file} to be true of {self.name} {self.version}",
+                        actual=f"its entry for {entry.spec} ({entry.reason}) {untrue}",
+                    )
+                )
+
+    def _diagnose(self, item: Spec, failure: Failure, result: Result) -> None:
+        """Name the planted faults that behave the same, for the first failure of a run."""
+        if self._diagnosed or failure.kind in {"hang", "crash", "raised"}:
+            return
+        self._diagnosed = True
+        answer = self._session.ask(
+            {"do": "diagnose", "spec": item.id, "case": failure.case}, limit=DIAGNOSIS_LIMIT
+        )
+        if isinstance(answer, Lost):
+            return
+        k = result.failures.index(failure)
+        named = dataclasses.replace(failure, looks_like=tuple(answer["looks_like"]))
+        result.failures[k] = named
+
+    def unclaimed(self) -> list[str]:
+        """What works although it is not claimed: told, never judged."""
+        told = []
+        for name, (spec_id, case, methods) in _PROBES.items():
+            group = _group(name)
+            if name in self.claims[group] or any(m not in self.methods for m in methods):
+                continue
+            if spec_id not in catalogue() or self._blocks(spec_id):
+                continue
+            answer = self._session.ask(
+                {"do": "judge", "spec": spec_id, "case": str(case)}, limit=self._limit
+            )
+            if not isinstance(answer, Lost) and not answer["failure"] and "not_run" not in answer:
+                told.append(name)
+        return told
+
+
+def _untrue(entry: Known, cases: list[Case], *, used: bool) -> str:
+    """Why an entry of the known list is no longer true; empty where it is."""
+    if entry.expires < dt.datetime.now(tz=dt.UTC).date():
+        return f"expired on {entry.expires}: look whether it still has to be there"
+    if not any(entry.covers(entry.spec, case) for case in cases):
+        return "matches no case: mend its selector or remove it"
+    return "" if used else "no longer fails: remove it"
+
+
+def _group(name: str) -> str:
+    if name in {"float32", "bfloat16", "float16", "float64"}:
+        return "dtypes"
+    return "layers" if name in {"linear", *LAYER_OF.values()} else "features"
+
+
+_ORACLE = "forward/equals-oracle"
+_PROBES: dict[str, tuple[str, Case, tuple[str, ...]]] = {
+    "bfloat16": (_ORACLE, Case(dtype="bfloat16"), ()),
+    "float16": (_ORACLE, Case(dtype="float16"), ()),
+    "float64": (_ORACLE, Case(dtype="float64"), ()),
+    "embedding": (_ORACLE, Case(specimen="embedding"), ()),
+    "conv2d": (_ORACLE, Case(specimen="conv2d"), ()),
+    "fused_linear": (_ORACLE, Case(specimen="fused"), ()),
+    "merge": ("merge/same-output", Case(), ("merge",)),
+    "unmerge": ("merge/restores-base", Case(), ("merge", "unmerge")),
+    "disable": ("several/disabled-equals-base", Case(), ("disable",)),
+}
+"""For each claim that can be probed: a spec, a case, and the methods it takes."""

@@ -1,0 +1,100 @@
+"""Known failures: strict, cited, expiring.
+
+    [[known]]
+    spec = "targeting/unmatched-name-is-loud"
+    case = { way = "partial" }          # optional: which cases; all where it is left out
+    kind = "silent"                     # of `harness.failure.KINDS`
+    versions = ">=0.5"                  # optional: which versions of the implementation
+    reason = "names that match nothing are ignored"
+    url = "https://github.com/huggingface/peft/issues/3658"
+    expires = 2027-06-01
+
+An entry excuses exactly the failures it names. One that no longer happens, has expired or matches
+nothing is itself a failure, so that the list cannot rot.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import UsageError
+from harness.failure import KINDS
+
+if TYPE_CHECKING:
+    from harness.case import Case
+    from harness.failure import Failure
+
+_REQUIRED = {"spec": str, "kind": str, "reason": str, "url": str, "expires": dt.date}
+_CASE_FIELDS = {"specimen", "shape", "dtype", "r", "alpha", "dropout", "way", "device", "seed"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """One failure that is known, why, where it is discussed, and until when it is excused."""
+
+    spec: str
+    kind: str
+    reason: str
+    url: str
+    expires: dt.date
+    file: str
+    case: dict[str, Any] = field(default_factory=dict)
+    versions: str = ""
+
+    def excuses(self, spec: str, case: Case, failure: Failure) -> bool:
+        """Whether this failure is the one that is known."""
+        return self.spec == spec and self.kind == failure.kind and case.matches(self.case)
+
+    def covers(self, spec: str, case: Case) -> bool:
+        """Whether the case is one at which the failure is expected."""
+        return self.spec == spec and case.matches(self.case)
+
+
+def load(path: Path) -> list[Known]:
+    """The entries of one file; raises `UsageError` on one that is not whole."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"known failures {path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"known failures {path.name}: {error}") from None
+    entries = []
+    for number, entry in enumerate(data.get("known", []), 1):
+        where = f"known failures {path.name}, entry {number}"
+        for name, kind in _REQUIRED.items():
+            if not isinstance(entry.get(name), kind):
+                raise UsageError(f"{where}: {name} must be given, as a {kind.__name__}")
+        unknown = set(entry) - set(_REQUIRED) - {"case", "versions"}
+        unknown |= set(entry.get("case", {})) - _CASE_FIELDS
+        if unknown:
+            raise UsageError(f"{where}: unknown key {', '.join(sorted(unknown))}")
+        if entry["kind"] not in KINDS:
+            raise UsageError(f"{where}: kind must be one of {', '.join(KINDS)}")
+        entries.append(Known(**entry, file=path.name))
+    return entries
+
+
+def built_in(adapter: str, version: str) -> list[Known]:
+    """What is known of an implementation at a version, from `specs/known/<adapter>.toml`."""
+    from importlib.resources import files
+
+    resource = files("harness.specs") / "known" / f"{adapter}.toml"
+    if not resource.is_file():
+        return []
+    return [entry for entry in load(Path(str(resource))) if _applies(entry, version)]
+
+
+def _applies(entry: Known, version: str) -> bool:
+    if not entry.versions:
+        return True
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion
+
+    try:
+        return SpecifierSet(entry.versions).contains(version, prereleases=True)
+    except InvalidVersion:
+        return False

@@ -1,0 +1,220 @@
+"""The parent's end of a worker: asks, waits no longer than a limit, and starts another when one dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, Protocol, Self
+
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from harness.adapter import Adapter
+
+START_LIMIT = 180.0
+"""Seconds an implementation may take to import."""
+
+
+class _Process(Protocol):
+    """What a session needs of a process, spawned or forked."""
+
+    requests: IO[str]
+    answers: IO[str]
+
+    def kill(self) -> None: ...
+    def status(self) -> str: ...
+
+
+class Spawned:
+    """A fresh interpreter for an implementation given by name."""
+
+    def __init__(self, adapter: str) -> None:
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "harness.worker", adapter],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            encoding="utf-8",
+            env={"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **os.environ},
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.requests: IO[str] = self.process.stdin
+        self.answers: IO[str] = self.process.stdout
+
+    def kill(self) -> None:
+        """End it, whatever it is doing."""
+        with contextlib.suppress(OSError):
+            self.requests.close()
+        self.process.kill()
+        self.process.wait()
+        self.answers.close()
+        self.errors.close()
+
+    def status(self) -> str:
+        """How it ended, and the last thing it said."""
+        code = self.process.wait()
+        self.errors.seek(0)
+        said = [line.strip() for line in self.errors.read().splitlines() if line.strip()]
+        return _ending(code) + (f"; its last words: {said[-1][:200]}" if said else "")
+
+
+class Forked:
+    """A copy of this process, for an implementation given as an object, which no name reaches."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        if not hasattr(os, "fork"):
+            raise UsageError(
+                "check: an adapter object needs a system that can fork; give pkg.module:factory"
+            )
+        down_read, down_write = os.pipe()
+        up_read, up_write = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(down_write)
+            os.close(up_read)
+            _serve_and_exit(adapter, down_read, up_write)
+        os.close(down_read)
+        os.close(up_write)
+        self.requests: IO[str] = os.fdopen(down_write, "w", encoding="utf-8")
+        self.answers: IO[str] = os.fdopen(up_read, "r", encoding="utf-8")
+        self.code: int | None = None
+
+    def kill(self) -> None:
+        """End it, whatever it is doing."""
+        with contextlib.suppress(OSError):
+            self.requests.close()
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self._wait()
+        self.answers.close()
+
+    def status(self) -> str:
+        """How it ended."""
+        self._wait()
+        assert self.code is not None
+        return _ending(self.code)
+
+    def _wait(self) -> None:
+        if self.code is None:
+            _, status = os.waitpid(self.pid, 0)
+            self.code = os.waitstatus_to_exitcode(status)
+
+
+def _serve_and_exit(adapter: Adapter, down: int, up: int) -> None:
+    from harness.worker import serve
+
+    code = 1
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        with (
+            os.fdopen(down, encoding="utf-8") as requests,
+            os.fdopen(up, "w", encoding="utf-8") as answers,
+        ):
+            serve(adapter, requests, answers)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        name = (
+            signal.Signals(-code).name if -code in signal.Signals._value2member_map_ else str(-code)
+        )
+        return f"the process was ended by {name}"
+    return f"the process exited with {code}"
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """No answer: the process hung or died."""
+
+    kind: str
+    """`hang` or `crash`."""
+    how: str
+
+
+class Session:
+    """Questions to one implementation in a process of its own, with a limit on each.
+
+    After a hang or a crash the next question starts a fresh process.
+    """
+
+    def __init__(self, adapter: str | Adapter) -> None:
+        self._adapter = adapter
+        self._process: _Process | None = None
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self.spelling = adapter if isinstance(adapter, str) else f"<{adapter.name}>"
+        """How a command names the implementation."""
+
+    def __enter__(self) -> Self:
+        """Nothing is started before the first question."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        self.close()
+
+    def ask(self, request: dict[str, Any], *, limit: float) -> dict[str, Any] | Lost:
+        """The answer, or how it was lost; raises `UsageError` where there is no adapter to ask."""
+        fresh = self._process is None
+        if self._process is None:
+            self._start()
+        assert self._process is not None
+        try:
+            self._process.requests.write(json.dumps(request) + "\n")
+            self._process.requests.flush()
+        except (BrokenPipeError, OSError):
+            pass  # it is dead; the reader says how
+        try:
+            line = self._lines.get(timeout=limit + (START_LIMIT if fresh else 0))
+        except queue.Empty:
+            self.close()
+            return Lost("hang", f"no answer within {limit:g} s")
+        if line is None:
+            how = self._process.status()
+            self.close()
+            return Lost("crash", how)
+        answer: dict[str, Any] = json.loads(line)
+        if "usage" in answer:
+            self.close()
+            raise UsageError(answer["usage"])
+        return answer
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
+    def _start(self) -> None:
+        process: _Process = (
+            Spawned(self._adapter) if isinstance(self._adapter, str) else Forked(self._adapter)
+        )
+        self._process = process
+        lines: queue.Queue[str | None] = queue.Queue()
+        self._lines = lines
+
+        def read() -> None:
+            with contextlib.suppress(ValueError, OSError):
+                for line in process.answers:
+                    lines.put(line)
+            lines.put(None)
+
+        threading.Thread(target=read, daemon=True).start()

@@ -1,0 +1,190 @@
+"""How a verdict and the catalogue are told in a terminal, and the commands that do so."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from typing import TYPE_CHECKING
+
+from harness.case import Case
+from harness.console import table
+from harness.errors import UsageError
+from harness.spec import SPEC_VERSION, catalogue, select
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable
+
+    from harness.judge import Result
+    from harness.spec import Spec
+    from harness.verdict import Verdict
+
+MARKS = {
+    "passed": "✓",
+    "failed": "✗",
+    "known": "k",
+    "blocked": "·",
+    "not_claimed": " ",
+    "not_run": "?",
+}
+WIDTH = 100
+LIBRARIES = ("torch", "transformers", "peft", "loralib", "trl")
+
+
+def check_command(args: argparse.Namespace) -> int:
+    """`lora-harness check`: judge, tell, write, and return the verdict's exit code."""
+    from harness.report.schema import Recorder
+    from harness.verdict import check
+
+    if args.limit <= 0:
+        raise UsageError("--limit: seconds must be more than 0")
+    case = Case.parse(args.case) if args.case else None
+    if case is not None and len(select(args.only)) != 1:
+        raise UsageError("--case: name the one spec to judge with --only ID")
+    live = sys.stdout.isatty()
+    with Recorder(args.json, kind="check", spec_version=SPEC_VERSION) as report:
+
+        def progress(result: Result) -> None:
+            report.add("results", result)
+            if live:
+                print(f"\r\x1b[K{MARKS[result.outcome]} {result.spec}", end="", flush=True)
+
+        verdict = check(
+            args.adapter,
+            only=args.only,
+            tier=args.tier,
+            case=case,
+            model=args.model,
+            device=args.device,
+            dtype=args.dtype,
+            known=args.known,
+            explore=args.explore,
+            limit=args.limit,
+            progress=progress,
+        )
+        for key, value in verdict.as_dict().items():
+            if key != "environment":
+                report.set(key, value)
+        if args.model:
+            report.set("model", args.model)
+    if live:
+        print("\r\x1b[K", end="")
+    print(tell(verdict))
+    return verdict.exit_code
+
+
+def list_command(args: argparse.Namespace) -> int:
+    """`lora-harness list`: the catalogue, a line a spec, or all of it as JSON."""
+    specs = select(args.only, args.tier)
+    if args.json:
+        import json
+
+        from harness.report.schema import replace
+
+        records = [item.as_dict() for item in specs.values()]
+        replace(
+            args.json, json.dumps({"spec_version": SPEC_VERSION, "specs": records}, indent=1) + "\n"
+        )
+    for family, items in _families(specs.values()):
+        print(f"\n{family}/")
+        rows = [(f"  {item.id.split('/')[1]}", item.level, item.tier, item.claim) for item in items]
+        width = max(len(row[0]) for row in rows)
+        for name, level, tier, claim in rows:
+            indent = width + 16
+            print(
+                textwrap.fill(
+                    claim,
+                    WIDTH + 20,
+                    initial_indent=f"{name:<{width}}  {level:<6}  {tier:<5} ",
+                    subsequent_indent=" " * indent,
+                )
+            )
+    print(f"\n{len(specs)} specs, spec version {SPEC_VERSION}")
+    return 0
+
+
+def tell(verdict: Verdict) -> str:
+    """The whole verdict: what was on trial, the families, each failure, the last word."""
+    blocks = [header(verdict), families(verdict.results)]
+    blocks += [failure_text(result) for result in verdict.failed]
+    known = [result for result in verdict.results if result.outcome == "known"]
+    if known:
+        blocks.append(
+            "Known failures\n"
+            + "\n".join(
+                textwrap.fill(
+                    f"{result.spec}: {note}", WIDTH, initial_indent="  ", subsequent_indent="    "
+                )
+                for result in known
+                for note in result.notes
+                if note.startswith("known: ")
+            ).replace(": known: ", ": ")
+        )
+    not_run = [result for result in verdict.results if result.outcome == "not_run"]
+    if not_run:
+        blocks.append("Not run\n" + "\n".join(f"  {r.spec}: {'; '.join(r.notes)}" for r in not_run))
+    if verdict.unclaimed:
+        blocks.append(f"Works, but is not claimed: {', '.join(verdict.unclaimed)}")
+    blocks.append(last_word(verdict))
+    return "\n\n".join(blocks)
+
+
+def header(verdict: Verdict) -> str:
+    """What is on trial."""
+    libraries = verdict.environment.get("libraries", {})
+    versions = [f"{name} {libraries[name]['version']}" for name in LIBRARIES if libraries.get(name)]
+    name = f"{verdict.adapter['name']} {verdict.adapter['version']}"
+    return f"{name}, {verdict.tier} tier, spec version {SPEC_VERSION}\n{' · '.join(versions)}"
+
+
+def families(results: Iterable[Result]) -> str:
+    """A line a family: a mark a spec, and how many of the claimed ones hold."""
+    known = catalogue()
+    rows = []
+    for family, items in _families(known[result.spec] for result in results):
+        ids = {item.id for item in items}
+        mine = [result for result in results if result.spec in ids]
+        claimed = [result for result in mine if result.outcome != "not_claimed"]
+        passed = sum(result.outcome == "passed" for result in claimed)
+        blocked = sum(result.outcome == "blocked" for result in claimed)
+        told = f"{passed} of {len(claimed)} hold" if claimed else "not claimed"
+        told += f", {blocked} blocked" if blocked else ""
+        rows.append((family, "".join(MARKS[result.outcome] for result in mine), told))
+    return table(rows)
+
+
+def failure_text(result: Result) -> str:
+    """One failed spec: what MUST hold, the first failure in full, the cases of the others."""
+    item = catalogue()[result.spec]
+    first, *others = result.failures
+    lines = [f"✗ {result.spec}", textwrap.fill(item.claim, WIDTH - 4), *first.lines()]
+    lines.append(f"{'why':>10}  {item.why}")
+    lines.append(f"{'source':>10}  {'; '.join(item.source)}")
+    if others:
+        shown = "; ".join(failure.case or failure.actual for failure in others[:3])
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        lines.append(f"{'also at':>10}  {shown}{more}")
+    return "\n".join([lines[0], *textwrap.indent("\n".join(lines[1:]), "    ").splitlines()])
+
+
+def last_word(verdict: Verdict) -> str:
+    """The verdict in a line, with what it rests on."""
+    counted = f"{verdict.ran} of {verdict.required} required specs ran"
+    must = [result.spec for result in verdict.failed if result.level == "MUST"]
+    should = [result.spec for result in verdict.failed if result.level == "SHOULD"]
+    known = [result.spec for result in verdict.results if result.outcome == "known"]
+    told = [counted]
+    if must:
+        told.append(f"{len(must)} failed: {', '.join(must)}")
+    if known:
+        told.append(f"{len(known)} known to fail: {', '.join(known)}")
+    if should:
+        told.append(f"{len(should)} SHOULD not met: {', '.join(should)}")
+    return textwrap.fill(f"{verdict.verdict}: {'; '.join(told)}", WIDTH, subsequent_indent="    ")
+
+
+def _families(items: Iterable[Spec]) -> list[tuple[str, list[Spec]]]:
+    grouped: dict[str, list[Spec]] = {}
+    for item in items:
+        grouped.setdefault(item.family, []).append(item)
+    return list(grouped.items())

@@ -1,0 +1,162 @@
+"""Run specs on an implementation and come to a verdict.
+
+                 a MUST fails, or the known list is untrue ─────────── DOES NOT CONFORM
+    every spec ─ else, a required one could not be judged, or none was ─ INCOMPLETE
+                 else, some failures are known ─────────────────────── CONFORMS BUT FOR KNOWN FAILURES
+                 else ──────────────────────────────────────────────── CONFORMS
+
+A spec whose need failed is blocked: one cause, one line. This process loads neither torch nor the
+implementation; `harness.session` keeps those in a process of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness import known as known_failures
+from harness.judge import LIMIT, Judge, Points, Result
+from harness.session import Session
+from harness.spec import SPEC_VERSION, Tier, select
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    from harness.adapter import Adapter
+    from harness.case import Case
+
+Word = Literal["CONFORMS", "CONFORMS BUT FOR KNOWN FAILURES", "DOES NOT CONFORM", "INCOMPLETE"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a run of specs says of one implementation.
+
+    Attributes:
+        adapter: name and version.
+        verdict: one of the four words.
+        required: how many specs had to be judged: every MUST that is claimed.
+        ran: how many of them were.
+        results: one for each spec.
+        unclaimed: what works although it is not claimed.
+        environment: the typed fingerprint of machine and libraries.
+        tier: which specs were asked.
+    """
+
+    adapter: dict[str, str]
+    verdict: Word
+    required: int
+    ran: int
+    results: list[Result]
+    unclaimed: list[str] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    tier: str = "core"
+
+    @property
+    def exit_code(self) -> int:
+        """0 conforms, with or without known failures · 1 does not · 3 incomplete."""
+        return {"DOES NOT CONFORM": 1, "INCOMPLETE": 3}.get(self.verdict, 0)
+
+    @property
+    def failed(self) -> list[Result]:
+        """The specs that failed, MUST before SHOULD."""
+        failed = [result for result in self.results if result.outcome == "failed"]
+        return sorted(failed, key=lambda result: result.level)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The verdict as JSON holds it, a report of kind `check`."""
+        return {
+            "schema_version": 1,
+            "adapter": self.adapter,
+            "environment": self.environment,
+            "tier": self.tier,
+            "spec_version": SPEC_VERSION,
+            "verdict": self.verdict,
+            "required": self.required,
+            "ran": self.ran,
+            "results": [result.as_dict() for result in self.results],
+            "unclaimed": self.unclaimed,
+        }
+
+
+def check(
+    adapter: str | Adapter,
+    *,
+    only: Sequence[str] = (),
+    tier: Tier = "core",
+    case: Case | None = None,
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    known: Path | None = None,
+    explore: bool = False,
+    limit: float = LIMIT,
+    progress: Callable[[Result], None] | None = None,
+) -> Verdict:
+    """A verdict on one implementation, in a process of its own.
+
+    Args:
+        adapter: a built-in name, an entry-point name, `pkg.module:factory`, or the object itself.
+        only: ids or families; every spec of the tier where empty.
+        tier: smoke, core or full.
+        case: judge at this one point only.
+        model: in the place of the Phi-3 specimens.
+        device: in the place of the CPU.
+        dtype: judge in this dtype only.
+        known: a file of known failures, instead of those that come with the harness.
+        explore: search at random for counterexamples and note them; never changes the verdict.
+        limit: seconds a spec may take.
+        progress: called with each result as it arrives.
+
+    Raises:
+        UsageError: the adapter cannot be had, or a name matches no spec.
+    """
+    from harness import environment
+
+    specs = select(only, tier)
+    with Session(adapter) as session:
+        judge = Judge(
+            session, Points(case, model, device, dtype, tier), limit=limit, explore=explore
+        )
+        entries = (
+            known_failures.built_in(judge.name, judge.version)
+            if known is None
+            else known_failures.load(known)
+        )
+        judge.known = entries
+        for item in specs.values():
+            result = judge.result(item)
+            if progress:
+                progress(result)
+        results = [judge.results[id_] for id_ in specs]
+        unclaimed = [] if only or case else judge.unclaimed()
+    return Verdict(
+        adapter={"name": judge.name, "version": judge.version},
+        **_summary(results),
+        results=results,
+        unclaimed=unclaimed,
+        environment=environment.collect(),
+        tier=tier,
+    )
+
+
+def _summary(results: Iterable[Result]) -> dict[str, Any]:
+    claimed = [r for r in results if r.outcome != "not_claimed"]
+    required = [r for r in claimed if r.level == "MUST"]
+    ran = [r for r in required if r.outcome in {"passed", "failed", "known"}]
+    broken = [
+        r
+        for r in claimed
+        if r.outcome == "failed"
+        and (r.level == "MUST" or any(failure.kind == "known" for failure in r.failures))
+    ]
+    judged = [r for r in claimed if r.outcome in {"passed", "failed", "known"}]
+    word: Word = "CONFORMS"
+    if broken:
+        word = "DOES NOT CONFORM"
+    elif len(ran) < len(required) or not judged:
+        word = "INCOMPLETE"
+    elif any(r.outcome == "known" for r in claimed):
+        word = "CONFORMS BUT FOR KNOWN FAILURES"
+    return {"verdict": word, "required": len(required), "ran": len(ran)}

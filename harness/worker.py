@@ -1,0 +1,179 @@
+"""The process in which one implementation is judged: a line of JSON in, a line of JSON out.
+
+An implementation may patch torch for all, print, hang or take the process down; here it can. What it
+prints goes to standard error, so that only answers travel on the pipe.
+
+    {"do": "describe"}                                 -> name, version, capabilities
+    {"do": "judge", "spec": id, "case": text}          -> failure or null, margins, notes
+    {"do": "search", "spec": id, "explore": bool}      -> the same, the case found by hypothesis
+    {"do": "diagnose", "spec": id, "case": text}       -> names of planted faults that behave the same
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from typing import IO, TYPE_CHECKING, Any
+
+from harness.case import Case
+from harness.errors import UsageError
+from harness.failure import Broken, NotRun, raised
+from harness.spec import Spec, catalogue
+
+if TYPE_CHECKING:
+    from harness.adapter import Adapter
+    from harness.tolerance import Margin
+
+
+class _Counterexample(Exception):  # noqa: N818  # a find, not an error
+    """What hypothesis shrinks."""
+
+
+def serve(adapter: Adapter, requests: IO[str], answers: IO[str]) -> None:
+    """Answer requests until there are no more."""
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    specs = catalogue()
+    for line in requests:
+        request = json.loads(line)
+        started = time.monotonic()
+        answer = _answer(adapter, specs, request)
+        answer["seconds"] = round(time.monotonic() - started, 4)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _answer(adapter: Adapter, specs: dict[str, Spec], request: dict[str, Any]) -> dict[str, Any]:
+    if request["do"] == "describe":
+        c = adapter.capabilities
+        return {
+            "name": adapter.name,
+            "version": adapter.version,
+            "capabilities": {name: sorted(getattr(c, name)) for name in c.KNOWN},
+            "methods": [name for name in dir(adapter) if callable(getattr(adapter, name, None))],
+        }
+    item = specs[request["spec"]]
+    if request["do"] == "search":
+        return search(adapter, item, explore=bool(request.get("explore")))
+    case = Case.parse(request["case"])
+    if request["do"] == "diagnose":
+        from harness import diagnosis
+
+        return {"looks_like": list(diagnosis.nearest(adapter, item, case))}
+    return told(*judge(adapter, item, case), case)
+
+
+def judge(
+    adapter: Adapter, item: Spec, case: Case
+) -> tuple[Broken | NotRun | None, list[Margin], list[str]]:
+    """Judge one spec at one case: what is broken, or None; margins; notes."""
+    import random
+
+    import numpy as np
+    import torch
+
+    from harness.trial import Trial
+
+    random.seed(case.seed)
+    np.random.seed(case.seed)  # noqa: NPY002  # implementations draw from the old global generator
+    torch.manual_seed(case.seed)
+    trial = Trial(adapter, case)
+    broken: Broken | NotRun | None = None
+    try:
+        item.judge(trial)
+    except (Broken, NotRun) as found:
+        broken = found
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  # SystemExit too: whatever it raises is a failure
+        broken = raised(error)
+    finally:
+        trial.close_folders()
+        torch.set_grad_enabled(True)
+    return broken, trial.margins, trial.notes
+
+
+def told(
+    broken: Broken | NotRun | None, margins: list[Margin], notes: list[str], case: Case
+) -> dict[str, Any]:
+    """What a judgement found, as JSON."""
+    answer: dict[str, Any] = {"case": str(case), "failure": None, "notes": notes}
+    used = max((m.used for m in margins), default=None)
+    answer["margin"] = used if used is None or used < float("inf") else None
+    if isinstance(broken, NotRun):
+        answer["not_run"] = str(broken)
+    elif broken is not None:
+        answer["failure"] = broken.record(case=str(case), reproduce="").as_dict()
+    return answer
+
+
+def search(adapter: Adapter, item: Spec, *, explore: bool) -> dict[str, Any]:
+    """Look for a failing case with hypothesis; the smallest it finds, or none.
+
+    Derandomised unless `explore`: a verdict is the same every time.
+    """
+    from hypothesis import HealthCheck, Phase, assume, given, settings
+
+    assert item.search is not None
+    found: list[tuple[Broken, Case]] = []
+    margins: list[Margin] = []
+
+    @settings(
+        max_examples=400 if explore else 40,
+        derandomize=not explore,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(item.search())
+    def holds(case: Case) -> None:
+        assume(claimed(case, adapter.capabilities))
+        broken, used, _ = judge(adapter, item, case)
+        margins.extend(used)
+        if isinstance(broken, Broken):
+            found.append((broken, case))
+            raise _Counterexample
+
+    try:
+        holds()
+    except _Counterexample:
+        broken, case = found[-1]
+        return told(broken, margins, [], case)
+    return told(None, margins, [], Case())
+
+
+def claimed(case: Case, capabilities: Any) -> bool:
+    """Whether a case asks only for what is claimed: its specimen's layer kind and its dtype."""
+    from harness.case import LAYER_OF
+
+    layer = LAYER_OF.get(case.specimen, "linear")
+    return layer in capabilities.layers and case.dtype in capabilities.dtypes
+
+
+def main(adapter_name: str) -> int:
+    """Serve on standard input and output; what goes wrong before that is an answer too."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    requests = os.fdopen(os.dup(0), "r", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    from harness import registry
+
+    try:
+        adapter = registry.resolve(adapter_name)
+    except UsageError as error:
+        answers.write(json.dumps({"usage": str(error)}) + "\n")
+        answers.flush()
+        return 2
+    serve(adapter, requests, answers)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
