@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
+import peft.utils
 from peft.tuners import lora
 
 from harness.adapter import Bias, Capabilities, Dtype, Factors, Feature, Layer
@@ -168,7 +169,7 @@ def capabilities() -> Capabilities:
         features.add("rslora")
     if "lora_bias" in fields:
         features.add("lora_bias")
-    if "combination_type" in inspect.signature(lora.LoraModel.add_weighted_adapter).parameters:
+    if '"cat"' in inspect.getsource(lora.LoraModel):
         features.add("combine")
     if find_spec("bitsandbytes"):
         features.add("quantized_base")
@@ -191,7 +192,7 @@ def _targets(model: nn.Module, config: LoraConfig) -> list[str] | str:
         return list(config.target_modules)
     from transformers import PreTrainedModel
 
-    if hasattr(peft.tuners.tuners_utils, "_maybe_include_all_linear_layers") and isinstance(
+    if hasattr(peft.utils, "INCLUDE_LINEAR_LAYERS_SHORTHAND") and isinstance(
         model, PreTrainedModel
     ):
         return config.target_modules
