@@ -212,10 +212,34 @@ def _matrix_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _compare_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "reports",
+        nargs="+",
+        metavar="REPORT",
+        help="the old one, then the newer; a folder stands for its reports in order of time",
+    )
+    p.add_argument(
+        "--fail-on",
+        default="worse,removed",
+        metavar="VERDICTS",
+        help="exit 1 where a row is one of these; inconclusive and incomparable exit 3; "
+        "none for never (default: worse,removed)",
+    )
+    p.add_argument("--markdown", metavar="PATH", help="write it as Markdown; - for the terminal")
+    p.add_argument("--html", metavar="PATH", help="write it as one page")
     _json(p)
 
 
 def _report_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "reports",
+        nargs="+",
+        metavar="REPORT",
+        help="report files, or a folder, which is shown with its history",
+    )
+    p.add_argument("--html", metavar="PATH", help="where the page goes (default: report.html)")
+    p.add_argument("--markdown", metavar="PATH", help="write Markdown; - for the terminal")
+    p.add_argument("--github", action="store_true", help="print annotations for GitHub Actions")
     _json(p)
 
 

@@ -1,0 +1,320 @@
+"""One property or cost in two reports, and what became of it.
+
+A spec is judged by its outcome and by which cases fail; a counter exactly; memory exactly on the CPU
+and within the allocator's step on a GPU; wall time where it was paired. What is not judged has no
+verdict at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from harness.report.words import (
+    compact,
+    conditions,
+    exactly,
+    number_of,
+    outcome,
+    plain,
+    plural,
+    quantity,
+    seconds,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from harness.report.comparable import Key
+
+Verdict = Literal["worse", "removed", "incomparable", "inconclusive", "added", "better", "same"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+"""The seven words, the loudest first."""
+
+ALLOCATOR_STEP = 2 * 2**20
+"""Bytes. CUDA's caching allocator rounds what it reserves up to 2 MiB (kSmallBuffer, kRoundLarge)."""
+
+SECTIONS = {"counters": "counter", "memory": "memory", "timings": "timing"}
+"""A report's sections of costs, and what a row of each is called."""
+
+_JUDGED = {"passed", "known", "failed"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One property or cost in both reports.
+
+    Attributes:
+        section: `spec`, `counter`, `memory` or `timing`.
+        name: the spec's id, or subject, phase and metric.
+        where: the conditions under which it holds.
+        old: its value in the old report; None where it has none.
+        new: likewise in the new one.
+        unit: of both.
+        verdict: one of the seven words; None where the row is shown and not judged.
+        why: the reason, in words.
+        ratio: new over old, or of the paired times.
+        low: lower end of the paired ratio's interval.
+        high: upper end.
+    """
+
+    section: str
+    name: str
+    where: str
+    old: str | int | float | None
+    new: str | int | float | None
+    unit: str | None
+    verdict: Verdict | None
+    why: str
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def bar(key: Key) -> str:
+    """Why a row cannot be compared, in words."""
+    return f"{key.name} differs: {key.old} and {key.new}"
+
+
+# ── specs ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def results_by_id(report: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """A report's results by spec and, where one report tells of several, adapter."""
+    return {(one["spec"], one.get("adapter") or ""): one for one in report["results"]}
+
+
+def judge_spec(
+    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, *, finished: bool
+) -> tuple[Verdict, str]:
+    """A spec's verdict and the reason, from its result in both reports.
+
+    A spec that is no longer judged is `removed`, whatever the way: gone, not run, no longer claimed,
+    or on fewer cases. One whose prerequisite fails is inconclusive: the prerequisite is the news.
+    """
+    if after is None:
+        if not finished:
+            return "inconclusive", "the new run did not finish"
+        return "removed", "no longer there"
+    now = after["outcome"]
+    if before is None:
+        return ("worse", "new, and fails") if now == "failed" else ("added", outcome(now))
+    then = before["outcome"]
+    change = f"{outcome(then)} → {outcome(now)}"
+    if now == "failed" and then != "failed":
+        return "worse", change
+    if now not in _JUDGED:
+        if then not in _JUDGED:
+            return "same", change if now != then else outcome(now)
+        reason = plain(after.get("reason") or "", limit=160)
+        told = f"{change}: {reason}" if reason else change
+        return ("inconclusive", told) if now == "blocked" else ("removed", told)
+    if then not in _JUDGED:
+        return "added", change
+    if now == then == "failed":
+        return _failing_cases(before, after)
+    if now == then:
+        return _judged_cases(before, after, outcome(now))
+    if now == "passed":
+        return "better", change
+    # passed → known is a defect, newly listed; failed → known mends nothing.
+    return ("worse", change) if then == "passed" else ("same", change)
+
+
+def _failing_cases(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Verdict, str]:
+    then, now = (
+        {json.dumps([one.get("case"), one.get("kind")]) for one in result.get("failures") or ()}
+        for result in (before, after)
+    )
+    if now - then:
+        return "worse", f"still fails, on {plural(len(now - then), 'further case')}"
+    if then - now:
+        return "better", f"still fails, on {plural(len(then - now), 'case')} less"
+    return _judged_cases(before, after, "still fails")
+
+
+def _judged_cases(
+    before: Mapping[str, Any], after: Mapping[str, Any], otherwise: str
+) -> tuple[Verdict, str]:
+    then, now = before.get("cases"), after.get("cases")
+    if then is not None and now is not None and now < then:
+        return "removed", f"judged on {now:,} of {plural(then, 'case')}"
+    return "same", otherwise
+
+
+# ── costs ──────────────────────────────────────────────────────────────────────────────────────────
+
+Identity = tuple[str, ...]
+
+
+def rows_by_identity(
+    rows: Iterable[Mapping[str, Any]], *, versions: bool = False
+) -> dict[Identity, Mapping[str, Any]]:
+    """Rows by what they measure, not by what was found; repeats are numbered.
+
+    The version is left out: that it changed is what a comparison is for. A report that tells of
+    several versions needs `versions`.
+    """
+    seen: Counter[Identity] = Counter()
+    found: dict[Identity, Mapping[str, Any]] = {}
+    for row in rows:
+        base = identity(row, version=versions)
+        found[*base, str(seen[base])] = row
+        seen[base] += 1
+    return found
+
+
+def identity(row: Mapping[str, Any], *, version: bool) -> Identity:
+    """What a row measures: subject, phase, metric, kind, model and conditions."""
+    return (
+        row["subject"],
+        row.get("phase") or "",
+        row["metric"],
+        row.get("kind") or "",
+        row.get("model") or "",
+        json.dumps(row.get("conditions") or {}, sort_keys=True),
+        (row.get("version") or "") if version else "",
+    )
+
+
+def repeats(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a report measures one thing under several versions."""
+    versions: dict[Identity, set[str]] = {}
+    for row in rows:
+        versions.setdefault(identity(row, version=False), set()).add(row.get("version") or "")
+    return any(len(found) > 1 for found in versions.values())
+
+
+def title(row: Mapping[str, Any]) -> str:
+    """What a cost row is called: `peft training-step flops`."""
+    parts = (row["subject"], row.get("phase"), row["metric"], row.get("kind"))
+    return " ".join(plain(part, limit=60) for part in parts if part)
+
+
+def place(row: Mapping[str, Any]) -> str:
+    """Where it holds: `tiny, r=8, dtype=float32`."""
+    parts = (plain(row.get("model") or "", limit=60), conditions(row))
+    return ", ".join(part for part in parts if part)
+
+
+def cost_row(
+    section: str,
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any] | None,
+    *,
+    barred: Key | None = None,
+    finished: bool = True,
+    run: Mapping[str, Any] | None = None,
+) -> Row:
+    """One cost in both reports, judged; one of `before` and `after` may be missing.
+
+    Args:
+        section: `counter`, `memory` or `timing`.
+        before: the row in the old report.
+        after: the row in the new one.
+        barred: the key that makes this section incomparable.
+        finished: whether the new run ended of its own accord.
+        run: the old report, to recognise it as the other side of a pair.
+    """
+    either = after or before
+    assert either is not None
+    value = seconds if section == "timing" else stored_value
+    old = None if before is None else value(before)
+    new = None if after is None else value(after)
+    verdict: Verdict | None
+    ratio, low, high = _ratio(old, new), None, None
+    if after is None:
+        verdict, why = ("removed", "no longer measured") if finished else _unfinished()
+    elif before is None:
+        verdict, why = "added", "newly measured"
+    elif section == "timing" and (paired := _pair(before, after, run)) is not None:
+        verdict, why = paired["verdict"], "paired"
+        ratio, low, high = (number_of(paired.get(name)) for name in ("ratio", "low", "high"))
+    elif barred is not None:
+        verdict, why = "incomparable", bar(barred)
+    elif section == "timing":
+        verdict, why = None, "wall time is judged only where it was paired"
+    elif either.get("exact") is False:
+        verdict, why = None, "varies from run to run"
+    elif (before.get("unit") or "") != (after.get("unit") or ""):
+        verdict, why = "incomparable", "the unit differs"
+    else:
+        verdict, why = _judge_cost(section, old, new, after)
+    return Row(
+        section=section,
+        name=title(either),
+        where=place(either),
+        old=old,
+        new=new,
+        unit=either.get("unit"),
+        verdict=verdict,
+        why=why,
+        ratio=ratio,
+        low=low,
+        high=high,
+    )
+
+
+def _unfinished() -> tuple[Verdict, str]:
+    return "inconclusive", "the new run did not finish"
+
+
+def stored_value(row: Mapping[str, Any]) -> str | int | float | None:
+    """A row's value as the report has it."""
+    value: str | int | float | None = row["value"]
+    return value
+
+
+def _ratio(old: object, new: object) -> float | None:
+    left, right = number_of(old), number_of(new)
+    if left is None or right is None or left == 0:
+        return None
+    quotient = right / left
+    return quotient if abs(quotient) < float("inf") else None
+
+
+def _pair(
+    before: Mapping[str, Any], after: Mapping[str, Any], run: Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    """The pair that answers for this row: timed against the old side, not against a third one."""
+    paired: Mapping[str, Any] | None = after.get("paired")
+    if paired is None:
+        return None
+    against = paired.get("against")
+    own = {None, before.get("version"), f"{before['subject']} {before.get('version')}"}
+    if run is not None:
+        own |= {run["id"], run.get("label")}
+    return paired if against in own else None
+
+
+def _judge_cost(
+    section: str, old: object, new: object, row: Mapping[str, Any]
+) -> tuple[Verdict, str]:
+    if old == new:
+        return "same", "exactly"
+    left, right = number_of(old), number_of(new)
+    if left is None or right is None or math.isnan(left) or math.isnan(right):
+        return "inconclusive", "not a number"
+    device = compact((row.get("conditions") or {}).get("device", ""))
+    if section == "memory" and device.startswith("cuda") and abs(right - left) <= ALLOCATOR_STEP:
+        return "same", "within the allocator's step of 2 MiB"
+    better = row.get("better") or "lower"
+    if better == "equal":
+        return "worse", "must not change"
+    improved = right < left if better == "lower" else right > left
+    change = f" ({_percent(right / left)})" if left else ""
+    return ("better" if improved else "worse"), f"{'less' if right < left else 'more'}{change}"
+
+
+def _percent(ratio: float) -> str:
+    return f"{(ratio - 1) * 100:+.2g} %"
+
+
+def told(row: Row, value: object) -> str:
+    """One of a row's values in words: exact where it is judged exactly."""
+    if row.section == "spec":
+        return "–" if value is None else outcome(str(value))
+    return (exactly if row.section == "counter" else quantity)(value, row.unit)
