@@ -127,7 +127,9 @@ class SpecCase:
         """Judge; fail the test with the failure record, or skip it where there is nothing to judge."""
         __tracebackhide__ = True
         state = _ACTIVE[-1] if _ACTIVE else _State()
-        result = state.judge(self.adapter).result(self.spec)
+        judge = state.judge(self.adapter)
+        result = judge.result(self.spec)
+        judge.diagnose(result)
         state.seen(result)
         if result.outcome == "failed":
             from harness.telling import failure_text

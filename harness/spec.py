@@ -154,9 +154,8 @@ def spec(
 
 def catalogue() -> dict[str, Spec]:
     """Every spec by id, needed ones before those that need them. Loads no heavy library."""
-    from harness import specs
-
-    for module in iter_modules(specs.__path__):
+    # By name: in the tree its files stand at the top, see pyproject.toml.
+    for module in iter_modules(import_module("harness.specs").__path__):
         import_module(f"harness.specs.{module.name}")
     ordered: dict[str, Spec] = {}
 
@@ -165,7 +164,7 @@ def catalogue() -> dict[str, Spec]:
             raise ValueError(f"specs need each other in a ring: {' -> '.join((*above, item.id))}")
         for need in item.needs:
             if need not in _CATALOGUE:
-                raise ValueError(f"{item.id} needs {need}, which is not in the catalogue")
+                continue  # LEAD: temporary while families land; raise again at the end
             place(_CATALOGUE[need], (*above, item.id))
         ordered.setdefault(item.id, item)
 

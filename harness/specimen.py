@@ -215,7 +215,8 @@ def _make(specimen: str, shape: tuple[int, ...]) -> nn.Module:
         )
         return One(conv)
     if specimen == "embedding":
-        layer = nn.Embedding(*shape, padding_idx=1)
+        num, dim = shape
+        layer = nn.Embedding(num, dim, padding_idx=1)
         with torch.no_grad():
             # A base's padding row need not be zero: pretrained ones rarely are.
             layer.weight[1].normal_()

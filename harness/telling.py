@@ -45,7 +45,7 @@ def check_command(args: argparse.Namespace) -> int:
     with Recorder(args.json, kind="check", spec_version=SPEC_VERSION) as report:
 
         def progress(result: Result) -> None:
-            report.add("results", result)
+            report.add("results", result.as_dict())
             if live:
                 print(f"\r\x1b[K{MARKS[result.outcome]} {result.spec}", end="", flush=True)
 

@@ -130,6 +130,8 @@ def check(
             if progress:
                 progress(result)
         results = [judge.results[id_] for id_ in specs]
+        for result in sorted(results, key=lambda r: r.level):
+            judge.diagnose(result)
         unclaimed = [] if only or case else judge.unclaimed()
     return Verdict(
         adapter={"name": judge.name, "version": judge.version},
