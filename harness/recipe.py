@@ -106,6 +106,15 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def restored(tables: Mapping[str, Any]) -> Recipe:
+    """The recipe that `as_dict` was taken of. Raises UsageError where it is not one."""
+    merged: dict[Section, dict[str, Any]] = {
+        name: dict(DEFAULTS[name] | tables.get(name, {})) for name in SECTIONS
+    }
+    _check(merged)
+    return Recipe(name=str(tables.get("name", "")), **merged)
+
+
 def _read(name_or_path: str) -> dict[str, Any]:
     """The tables of a shipped recipe or of the user's own TOML file."""
     path = Path(name_or_path)

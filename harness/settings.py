@@ -40,8 +40,6 @@ KEYS: dict[Section, dict[str, tuple[str, ...]]] = {
     },
     "data": {
         "name": (WORD,),
-        "train_split": (WORD,),
-        "eval_split": (WORD,),
         "prompt": (WORD,),
         "max_new_tokens": (WHOLE,),
         "match_examples": (WHOLE,),
@@ -154,8 +152,6 @@ DEFAULTS: dict[Section, dict[str, Any]] = {
     },
     "data": {
         "name": "shipped",
-        "train_split": "train",
-        "eval_split": "eval",
         "max_new_tokens": 48,
         "match_examples": 100,
     },

@@ -1,0 +1,92 @@
+"""The base of a run: a Phi-3 as the recipe's [model] table asks, 4-bit or whole."""
+
+from __future__ import annotations
+
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from harness import phi3
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import Phi3ForCausalLM
+
+
+def device(settings: Mapping[str, Any]) -> str:
+    """The device that `model.device` names; `auto` is cuda where there is one."""
+    asked = str(settings["device"])
+    if asked != "auto":
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(settings: Mapping[str, Any]) -> Phi3ForCausalLM:
+    """The base, in eval mode.
+
+    Raises UsageError on what `phi3.load` refuses, and for a 4-bit base without bitsandbytes.
+    """
+    attention = settings["attn_implementation"]
+    if attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise UsageError(
+            "model.attn_implementation: flash_attention_2 is asked for and its package flash_attn is "
+            "not installed; install it, or say --set model.attn_implementation=sdpa"
+        )
+    options = {
+        "dtype": settings["dtype"],
+        "device": device(settings),
+        "attn_implementation": attention,
+        "use_cache": settings["use_cache"],
+    }
+    name = settings["name"]
+    if not settings["load_in_4bit"]:
+        return phi3.load(name, seed=settings["seed"], **options)
+    if find_spec("bitsandbytes") is None:
+        raise UsageError(
+            "model.load_in_4bit: bitsandbytes is not installed; pip install 'lora-harness[quantized]'"
+        )
+    if name == "tiny":
+        return _quantized(str(phi3.directory()), settings, options)
+    if name not in phi3.NAMES:
+        return _quantized(name, settings, options)
+    # Random weights exist nowhere but in memory, and quantisation happens on the way in from a file.
+    with tempfile.TemporaryDirectory() as folder:
+        whole = phi3.load(name, seed=settings["seed"], **options)
+        whole.save_pretrained(folder)
+        del whole
+        return _quantized(folder, settings, options)
+
+
+def _quantized(
+    source: str, settings: Mapping[str, Any], options: Mapping[str, Any]
+) -> Phi3ForCausalLM:
+    from transformers import BitsAndBytesConfig, Phi3ForCausalLM
+
+    if not Path(source).is_dir() and "/" not in source:
+        raise UsageError(f"model {source!r}: unknown; known are {', '.join(phi3.NAMES)}")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.get("bnb_4bit_quant_type", "nf4"),
+        bnb_4bit_use_double_quant=settings.get("bnb_4bit_use_double_quant", False),
+        bnb_4bit_compute_dtype=getattr(
+            torch, settings.get("bnb_4bit_compute_dtype", settings["dtype"])
+        ),
+    )
+    try:
+        model: Phi3ForCausalLM = Phi3ForCausalLM.from_pretrained(
+            source,
+            quantization_config=quantization,
+            device_map={"": options["device"]},
+            dtype=getattr(torch, options["dtype"]),
+            attn_implementation=options["attn_implementation"],
+        )
+    except (OSError, ImportError, ValueError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UsageError(f"model {source}: cannot be loaded in 4 bits ({line})") from error
+    model.config.use_cache = options["use_cache"]
+    return model.eval()

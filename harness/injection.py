@@ -1,0 +1,135 @@
+"""A base with LoRA in it: which modules, put in, loaded into, and evaluated without merging.
+
+An implementation whose `eval()` merges, as loralib's does, would fold ΔW into the base before every
+evaluation and take it out again after: rounding then changes the base (4–35 % of float32 weights in
+one cycle, depending on B). Fine-tuning here therefore evaluates such a
+model unmerged: `evaluating` puts every module but the merging layers in eval mode, and dropout with
+them. loralib's own way to the same end is `merge_weights=False`, which an adapter cannot be asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from harness import checkpoint
+from harness.adapter import matches
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from harness.adapter import Adapter, LoraConfig
+
+
+def fitted(base: nn.Module, config: LoraConfig, *, partial: bool) -> tuple[LoraConfig, list[str]]:
+    """The config with the target names that the base has, and notes on those it has not.
+
+    Raises UsageError where a name matches nothing (unless `partial` and another one matches), and
+    where the rank is above the width of a layer: B·A could never have it.
+    """
+    notes: list[str] = []
+    names = config.target_modules
+    if not isinstance(names, str):
+        counts = {
+            name: sum(matches(found, name) for found, _ in base.named_modules()) for name in names
+        }
+        missing = [name for name, count in counts.items() if not count]
+        matched = [name for name, count in counts.items() if count]
+        if missing:
+            told = (
+                f"matched are {_counted(counts, matched)}; no module is called {', '.join(missing)}"
+            )
+            if not partial or not matched:
+                raise UsageError(
+                    f"peft_config.target_modules: {told}; this model's linear layers are "
+                    f"{', '.join(_linear(base))}: name those, or go on with --allow-partial-targets"
+                )
+            notes.append(f"peft_config.target_modules: {told}")
+            config = dataclasses.replace(config, target_modules=tuple(matched))
+    try:
+        found = config.targets(base)
+    except ValueError as error:
+        raise UsageError(f"peft_config.{error}") from error
+    for name, module in found.items():
+        width = min(sizes(module)) if isinstance(module, nn.Linear) else config.r
+        if config.r > width:
+            raise UsageError(
+                f"peft_config.r: {config.r} is above the width of {name}, {width}: no update of it has "
+                f"a higher rank; use {width} or less"
+            )
+    return config, notes
+
+
+def sizes(module: nn.Linear) -> tuple[int, int]:
+    """in_features and out_features: a quantised layer's weight does not show them."""
+    return module.in_features, module.out_features
+
+
+def evaluating(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """Put the model in eval mode, unmerged, and return it; see the module for why.
+
+    Where `eval()` merges, the model's own `train` and `eval` are held to the same until `release`:
+    trainers and generation call them, too.
+    """
+    hold(model, adapter)
+    return model.eval()
+
+
+def hold(model: nn.Module, adapter: Adapter) -> None:
+    """Make `model.eval()` leave an implementation that merges there unmerged, until `release`."""
+    if not getattr(adapter, "eval_merges", False):
+        return
+
+    def train(mode: bool = True) -> nn.Module:
+        type(model).train(model, True)  # unmerges what is merged
+        if not mode:
+            for module in model.modules():
+                own = any(p.requires_grad for p in module.parameters(recurse=False))
+                if not (own and type(module).train is not nn.Module.train):
+                    module.training = (
+                        False  # by hand: train(False) walks into the layers that merge
+                    )
+        return model
+
+    model.train = train  # type: ignore[method-assign]  # the instance's own, before the class's
+
+
+def release(model: nn.Module) -> None:
+    """Give the model its own `train` and `eval` back."""
+    model.__dict__.pop("train", None)
+
+
+def load(adapter: Adapter, injected: nn.Module, path: Path) -> None:
+    """Read a checkpoint into the injected model. Raises UsageError on one that does not fit."""
+    state = checkpoint.read(path)
+    device = next(p.device for p in injected.parameters() if p.requires_grad)
+    try:
+        adapter.load_state_dict(injected, {key: value.to(device) for key, value in state.items()})
+    except (ValueError, KeyError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:160]
+        raise UsageError(
+            f"checkpoint {path}: is of another rank or model ({line}); use the recipe it was made with"
+        ) from error
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _counted(counts: dict[str, int], names: list[str]) -> str:
+    return ", ".join(f"{name} ({counts[name]} modules)" for name in names) or "none"
+
+
+def _linear(base: nn.Module) -> list[str]:
+    """The last names of the linear layers, each once, in the model's order."""
+    return list(
+        dict.fromkeys(
+            name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear)
+        )
+    )

@@ -1,0 +1,335 @@
+"""The five documented properties, judged on what a fine-tuning run really made.
+
+    1  only LoRA parameters train, r·(in + out) for each module; the optimizer holds exactly those
+    2  the checkpoint holds the LoRA tensors, all of them, none empty, and nothing else
+    3  pretrained checkpoint, then adapter checkpoint, into a new model in a fresh process:
+       the logits bit for bit (`harness.reload`)
+    4  merged and unmerged agree, in logits within the derived budget, in greedy replies exactly
+    5  the loss went down, and the base is bit for bit as it was
+
+Source: the guide "Fine-tune Phi-3 with LoRA", steps 3, 4, 5 and 8; arXiv 2106.09685, section 4.1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import fmean, variance
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from harness import checkpoint, tolerance
+from harness.injection import sizes, trainable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from harness.adapter import Adapter, Factors, LoraConfig
+
+SOURCE = 'the guide "Fine-tune Phi-3 with LoRA"'
+
+Outcome = Literal["passed", "failed", "not_claimed", "not_run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """One property on one run: what was measured, what is allowed, and whether it holds."""
+
+    spec: str
+    claim: str
+    outcome: Outcome
+    measured: str
+    allowed: str
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """A row of the report's results."""
+        failure = {"kind": "property", "expected": self.allowed, "actual": self.measured}
+        return {
+            "spec": self.spec,
+            "level": "MUST",
+            "outcome": self.outcome,
+            "sentence": self.claim,
+            "source": SOURCE,
+            "reason": self.reason or None,
+            "cases": 1,
+            "measured": self.measured,
+            "allowed": self.allowed,
+            "failures": [failure] if self.outcome == "failed" else [],
+        }
+
+
+def judged(  # noqa: PLR0917  # the columns of the table, in order
+    spec: str, claim: str, holds: bool, measured: str, allowed: str, why: str = ""
+) -> Proof:
+    """A property that was put to the test."""
+    return Proof(
+        spec=f"finetune/{spec}",
+        claim=claim,
+        outcome="passed" if holds else "failed",
+        measured=measured,
+        allowed=allowed,
+        reason="" if holds else why,
+    )
+
+
+def unjudged(
+    spec: str, claim: str, reason: str, outcome: Literal["not_claimed", "not_run"]
+) -> Proof:
+    """A property that was not put to the test, and why."""
+    return Proof(
+        spec=f"finetune/{spec}",
+        claim=claim,
+        outcome=outcome,
+        measured="–",
+        allowed="–",
+        reason=reason,
+    )
+
+
+def expected_counts(base: nn.Module, config: LoraConfig) -> dict[str, int]:
+    """r·(in + out) for every target of the bare base; for a fused one, for each wanted part.
+
+    An embedding has num_embeddings in and embedding_dim out; a trained bias on B adds `out`.
+    """
+    counts = {}
+    for name, module in config.targets(base).items():
+        if isinstance(module, nn.Embedding):
+            i, o = module.num_embeddings, module.embedding_dim
+        elif isinstance(module, nn.Linear):
+            i, o = sizes(module)
+        else:
+            continue
+        parts = config.parts(name, o)
+        outs = [o] if parts is None else [part.stop - part.start for part in parts]
+        counts[name] = sum(config.r * (i + out) + config.lora_bias * out for out in outs)
+    return counts
+
+
+def only_lora_trains(
+    model: nn.Module, adapter: Adapter, config: LoraConfig, expected: Mapping[str, int]
+) -> Proof:
+    """Property 1, by count and by storage: what trains is the factors, whatever their names."""
+    factors = adapter.factors(model)
+    counts = {name: sum(map(_numbers, found)) for name, found in factors.items()}
+    wrong = sorted(
+        name for name in expected.keys() | counts.keys() if expected.get(name) != counts.get(name)
+    )
+    storages = {
+        tensor.untyped_storage().data_ptr()
+        for found in factors.values()
+        for one in found
+        for tensor in (one.A, one.B, one.bias)
+        if tensor is not None
+    }
+    also = (*config.modules_to_save, *(("bias",) if config.bias != "none" else ()))
+    strangers = [
+        name
+        for name, parameter in trainable(model).items()
+        if parameter.untyped_storage().data_ptr() not in storages
+        and not any(word in name.split(".") for word in also)
+    ]
+    total = sum(p.numel() for n, p in trainable(model).items() if n not in strangers)
+    wanted = sum(expected.values())
+    why = f"wrong count in {wrong[:3]}" if wrong else f"also trains {strangers[:3]}"
+    # With whole modules or biases trained, the count of factors is judged module by module alone.
+    exact = bool(also) or total == wanted
+    return judged(
+        "only-lora-trains",
+        "only LoRA trains: r·(in+out) a module",
+        not wrong and not strangers and exact,
+        f"{sum(counts.values()):,} in {len(counts)} modules",
+        f"{wanted:,} in {len(expected)}",
+        why,
+    )
+
+
+def optimizer_holds(model: nn.Module, optimizer: Any) -> Proof:
+    """Property 1, the other half: the optimizer's parameters are the trainable ones, by identity."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    wanted = {id(p) for p in trainable(model).values()}
+    return judged(
+        "optimizer-holds-lora",
+        "the optimizer holds exactly those",
+        held == wanted,
+        f"{len(held)} tensors, {len(held - wanted)} others",
+        f"{len(wanted)} tensors, 0 others",
+    )
+
+
+def checkpoint_is_whole(model: nn.Module, base: Mapping[str, str], folder: Path) -> Proof:
+    """Property 2, on both files as they lie on disk.
+
+    All and only: as many numbers as train, each finite, B not zero after training; scalars such as
+    alpha apart. No tensor has the bits of one of the base's, given by their fingerprints.
+    """
+    files = {
+        name: checkpoint.read(folder / name) for name in (checkpoint.PLAIN, checkpoint.PICKLED)
+    }
+    state = files[checkpoint.PLAIN]
+    same = checkpoint.digests(state) == checkpoint.digests(files[checkpoint.PICKLED])
+    wanted = trainable(model)
+    tensors = {key: value for key, value in state.items() if value.numel() != 1}
+    empty = [
+        key
+        for key, value in tensors.items()
+        if not value.numel() or not value.isfinite().all() or not value.any()
+    ]
+    marks = set(base.values())
+    foreign = [key for key, mark in checkpoint.digests(tensors).items() if mark in marks]
+    numbers, want = (sum(v.numel() for v in each.values()) for each in (tensors, wanted))
+    why = "the two files differ" if not same else f"first at {(empty or foreign or ['?'])[0]}"
+    return judged(
+        "checkpoint-is-lora",
+        "the checkpoint: LoRA, whole, nothing else",
+        same and not empty and not foreign and numbers == want,
+        f"{numbers:,} in {len(tensors)}; {len(empty)} empty, {len(foreign)} base",
+        f"{want:,}; 0 empty, 0 base",
+        why,
+    )
+
+
+def reloaded(found: Mapping[str, Any]) -> list[Proof]:
+    """Property 3, from what the fresh process found."""
+    claims = {
+        "two-stage-load": "two-stage load, fresh process: the keys",
+        "reload-same-logits": "the same: logits bit for bit",
+    }
+    if error := found.get("error"):
+        return [judged(s, c, False, "–", "it loads", str(error)) for s, c in claims.items()]
+    spec, claim = next(iter(claims.items()))
+    keys = (
+        unjudged(spec, claim, str(found["skipped"]), "not_claimed")
+        if found.get("skipped")
+        else judged(
+            spec,
+            claim,
+            not found["unexpected"]
+            and not found["missing_wrong"]
+            and not found["unwritten"]
+            and not found["disturbed"],
+            f"{len(found['unexpected'])} unexpected, {len(found['missing_wrong'])} missing",
+            "0 unexpected, 0 but the other part's",
+            f"unexpected {found['unexpected'][:2]}, wrongly missing {found['missing_wrong'][:2]}, "
+            f"left unwritten {found['unwritten'][:2]}, base disturbed {found['disturbed'][:2]}",
+        )
+    )
+    logits = judged(
+        "reload-same-logits",
+        claims["reload-same-logits"],
+        found["different"] == 0,
+        f"{found['different']:,} of {found['compared']:,} differ",
+        "0",
+    )
+    return [keys, logits]
+
+
+def merged_agrees(
+    *,
+    unmerged: Tensor,
+    merged: Tensor,
+    truth: Tensor,
+    noise: Tensor,
+    base: Tensor,
+    dtype: torch.dtype,
+) -> Proof:
+    """Property 4: merged and unmerged logits, each against float64, within the model's budget.
+
+    Args:
+        unmerged: logits of the trained model, `(n, vocab)` over the tokens that are not padding.
+        merged: the same after merging.
+        truth: of W + ΔW by the defining equation, in float64.
+        noise: of that same model in `dtype`, less the truth.
+        base: the truth without ΔW: the adapter's effect must stand out of the budget, or agreement
+            would prove nothing.
+        dtype: of the model.
+    """
+    budget = tolerance.model(noise, truth, dtype)
+    apart, _ = tolerance.margin(merged, truth, budget)
+    before, _ = tolerance.margin(unmerged, truth, budget)
+    effect = float((truth - base).abs().max())
+    claim = "merged = unmerged: logits, from float64"
+    if effect <= float(budget):
+        return unjudged(
+            "merged-same-logits",
+            claim,
+            f"vacuous: the adapter's effect {effect:.1e} is within the budget {float(budget):.1e}",
+            "not_run",
+        )
+    return judged(
+        "merged-same-logits",
+        claim,
+        apart.used <= 1 and before.used <= 1,
+        f"{apart.measured:.1e} merged, {before.measured:.1e} unmerged",
+        f"{float(budget):.1e} (effect {effect:.1e})",
+    )
+
+
+def same_replies(before: Sequence[str], after: Sequence[str]) -> Proof:
+    """Property 4: greedy replies of the unmerged and the merged model."""
+    same = sum(a == b for a, b in zip(before, after, strict=True))
+    return judged(
+        "merged-same-replies",
+        "merged = unmerged: greedy replies",
+        same == len(before) > 0,
+        f"{same} of {len(before)} the same",
+        f"{len(before)}",
+    )
+
+
+def loss_went_down(curve: Sequence[tuple[int, float]]) -> Proof:
+    """Property 5: the last tenth's mean below the first's by two standard errors of the difference."""
+    claim = "the training loss went down"
+    n = max(2, len(curve) // 10)
+    if len(curve) < 2 * n:
+        reason = f"{len(curve)} losses were logged: lower training_config.logging_steps"
+        return unjudged("loss-went-down", claim, reason, "not_run")
+    first, last = ([loss for _, loss in part] for part in (curve[:n], curve[-n:]))
+    margin = 2 * math.sqrt(variance(first) / n + variance(last) / n)
+    return judged(
+        "loss-went-down",
+        claim,
+        fmean(last) < fmean(first) - margin,
+        f"{fmean(first):.3f} → {fmean(last):.3f}",
+        f"< {fmean(first) - margin:.3f}",
+    )
+
+
+def eval_loss_went_down(before: float | None, after: float | None) -> Proof:
+    """Property 5, on conversations that were not trained on; the same ones both times."""
+    claim = "the evaluation loss went down"
+    if before is None or after is None:
+        return unjudged("eval-loss-went-down", claim, "do_eval is false", "not_claimed")
+    return judged(
+        "eval-loss-went-down",
+        claim,
+        after < before,
+        f"{before:.3f} → {after:.3f}",
+        f"< {before:.3f}",
+    )
+
+
+def base_unchanged(before: Mapping[str, str], model: nn.Module) -> Proof:
+    """Property 5: every tensor of the base has the bits it had before injection."""
+    now = checkpoint.digests(model.state_dict())
+    places = checkpoint.base_keys(before, now)
+    changed = [
+        name for name, mark in before.items() if name not in places or now[places[name]] != mark
+    ]
+    return judged(
+        "base-unchanged",
+        "the base is bit for bit as it was",
+        not changed,
+        f"{len(changed)} of {len(before)} tensors changed",
+        "0",
+        f"first {changed[:3]}",
+    )
+
+
+def _numbers(one: Factors) -> int:
+    return sum(t.numel() for t in (one.A, one.B, one.bias) if t is not None)

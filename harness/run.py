@@ -1,0 +1,177 @@
+"""The process of one run: a request in, training and proofs, a report out.
+
+    python -m harness.run REQUEST.json
+
+A process of its own, since one implementation may patch torch for all, and since the heavy libraries
+are then imported once while the command line stays light. `harness.finetune` writes the request.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import library_log
+from harness.errors import UsageError
+from harness.run_folder import RunFolder, clear
+
+if TYPE_CHECKING:
+    from harness.proof import Proof
+    from harness.report.schema import Recorder
+    from harness.training import Run
+
+ORDER = (
+    "only-lora-trains",
+    "optimizer-holds-lora",
+    "checkpoint-is-lora",
+    "two-stage-load",
+    "reload-same-logits",
+    "merged-same-logits",
+    "merged-same-replies",
+    "loss-went-down",
+    "eval-loss-went-down",
+    "base-unchanged",
+)
+"""The properties in the order of the guide."""
+
+EXIT = {"CONFORMS": 0, "DOES NOT CONFORM": 1, "INCOMPLETE": 3}
+
+
+def main(path: str) -> int:
+    """Do what the request asks; returns the exit code."""
+    request: dict[str, Any] = json.loads(Path(path).read_text("utf-8"))
+    folder = RunFolder(path=Path(request["folder"]))
+    library_log.divert(folder.path)
+    run: list[Run] = []
+    try:
+        return _run(request, folder, run)
+    except UsageError as error:
+        print(f"lora-harness finetune: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        steps = run[0].steps if run else 0
+        kept = (
+            f"stopped at step {steps}; checkpoint and log are kept in {folder.path}: "
+            "go on with --resume"
+            if folder.last_checkpoint()
+            else "nothing was trained yet, nothing is kept"
+        )
+        print(f"lora-harness finetune: interrupted; {kept}", file=sys.stderr)
+    if folder.last_checkpoint() is None:
+        clear(folder)
+    return 2
+
+
+def _run(request: dict[str, Any], folder: RunFolder, held: list[Run]) -> int:
+    from harness import environment
+    from harness.report.schema import Recorder
+    from harness.training import Run, curve
+
+    run = Run(request)
+    held.append(run)
+    library_log.settle()
+    parameters = sum(p.numel() for p in run.base.parameters())
+    adapter = {"name": run.adapter.name, "version": run.adapter.version}
+    name = str(run.recipe.model["name"])
+    print(
+        f"{adapter['name']} {adapter['version']} on {name}: {len(run.expected)} modules, "
+        f"r {run.config.r}, alpha {run.config.lora_alpha:g}: {sum(run.expected.values()):,} "
+        f"parameters beside {parameters:,}",
+        flush=True,
+    )
+    for note in run.notes:
+        print(f"  note: {note}", flush=True)
+    with Recorder(
+        folder.report,
+        kind="finetune",
+        adapter=adapter,
+        model=name,
+        seed=run.seed,
+        recipe=run.recipe.as_dict(),
+        environment=environment.collect(accelerator=run.device != "cpu"),
+        notes=run.notes,
+        artefacts={
+            "folder": str(folder.path),
+            "adapter": str(folder.path / "adapter.safetensors"),
+            "log": str(folder.log),
+        },
+    ) as record:
+        answers = {"before": run.answers()}
+        run.inject()
+        proofs = run.fit()
+        record.set(
+            "training",
+            {
+                "steps": run.steps,
+                "loss": curve(run.history, "loss"),
+                "eval_loss": curve(run.history, "eval_loss"),
+                "learning_rate": curve(run.history, "learning_rate"),
+            },
+        )
+        _add(record, proofs)
+        ids, mask, logits = run.probe()
+        # On the CPU the fresh process works beside this one; on a card it waits for the memory.
+        fresh = _reloading(run) if run.device == "cpu" else None
+        answers["after"] = run.answers()
+        record.set("answers", answers)
+        _add(record, more := run.merged(ids, mask, logits))
+        proofs += more
+        if fresh is None:
+            run.free()
+            fresh = _reloading(run)
+        _add(record, more := _reloaded(run, fresh))
+        proofs = sorted(proofs + more, key=lambda p: ORDER.index(p.spec.partition("/")[2]))
+        verdict = _verdict(proofs)
+        record.set("results", [proof.as_dict() for proof in proofs])
+        record.set("verdict", verdict)
+        record.set("required", sum(p.outcome != "not_claimed" for p in proofs))
+        record.set("ran", sum(p.outcome in {"passed", "failed"} for p in proofs))
+    return EXIT[verdict]
+
+
+def _verdict(proofs: list[Proof]) -> str:
+    outcomes = {proof.outcome for proof in proofs}
+    if "failed" in outcomes:
+        return "DOES NOT CONFORM"
+    return "INCOMPLETE" if "not_run" in outcomes else "CONFORMS"
+
+
+def _add(record: Recorder, proofs: list[Proof]) -> None:
+    record.add("results", [proof.as_dict() for proof in proofs])
+
+
+def _reloading(run: Run) -> subprocess.Popen[bytes]:
+    """Start the fresh process of property 3."""
+    request = run.folder.path / "reload-request.json"
+    request.write_text(
+        json.dumps(
+            {
+                "folder": str(run.folder.path),
+                "adapter": run.request["adapter"],
+                "recipe": run.recipe.as_dict(),
+                "seed": run.seed,
+            }
+        ),
+        encoding="utf-8",
+    )
+    return subprocess.Popen([sys.executable, "-m", "harness.reload", str(request)])
+
+
+def _reloaded(run: Run, process: subprocess.Popen[bytes]) -> list[Proof]:
+    from harness import proof, reload
+
+    code = process.wait()
+    path = run.folder.path / reload.FOUND
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        found = {"error": f"the fresh process ended with {code}; see library.log"}
+    for name in (reload.PROBE, reload.FOUND, "reload-request.json"):
+        (run.folder.path / name).unlink(missing_ok=True)
+    return proof.reloaded(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

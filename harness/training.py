@@ -1,0 +1,312 @@
+"""One implementation's fine-tuning, step by step: base, injection, training, proofs.
+
+    base ── inject ── SFTTrainer ── adapter.pt, adapter.safetensors ── proofs
+                          │                        │
+                   log, checkpoints        harness.reload, a fresh process
+
+`harness.run` drives these steps and writes the report.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import recipe as recipes
+from harness.errors import UsageError
+from harness.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from harness.adapter import Adapter, LoraConfig
+    from harness.proof import Proof
+    from harness.recipe import Recipe
+
+PROBED, PROBED_TOKENS = 4, 64
+"""How much text the logits are compared on: conversations, and tokens of each."""
+
+COMPARED_REPLIES = 16
+"""How many greedy replies are compared between the merged and the unmerged model."""
+
+
+class Run:
+    """What one run holds while it lasts."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        """Load the base and put LoRA in. Raises UsageError on what does not fit."""
+        import torch
+
+        from harness import base, chat, checkpoint, injection, proof, registry
+
+        self.request = request
+        self.recipe: Recipe = recipes.restored(request["recipe"])
+        self.folder = RunFolder(path=Path(request["folder"]))
+        self.adapter: Adapter = registry.resolve(request["adapter"])
+        settings = self.recipe.model
+        self.device = base.device(settings)
+        _claims(self.adapter, self.recipe)
+        if request["budget"]:
+            limit(int(request["budget"]), self.device)
+        self.seed = int(self.recipe.training_config["seed"])
+        torch.manual_seed(self.seed)
+        self.base = base.load(settings)
+        self.quantized = bool(settings["load_in_4bit"])
+        self.tokenizer = chat.tokenizer(settings["name"])
+        data = self.recipe.data
+        self.train = chat.dataset(data["name"], "train")
+        self.eval = chat.dataset(data["name"], "eval")
+        if window := self.recipe.training_config.get("max_length"):
+            chat.check_window(self.train, self.tokenizer, window)
+        self.config: LoraConfig
+        self.config, self.notes = injection.fitted(
+            self.base, self.recipe.lora_config(), partial=bool(request["partial"])
+        )
+        self.notes += self.recipe.notes
+        if settings["gradient_checkpointing"]:
+            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+        self.marks = checkpoint.digests(self.base.state_dict())
+        self.expected = proof.expected_counts(self.base, self.config)
+        self.model: nn.Module = self.base
+        self.steps = 0
+        self.history: list[dict[str, Any]] = []
+
+    def inject(self) -> None:
+        """LoRA into the base, by the implementation, from the run's seed."""
+        import torch
+
+        from harness import injection
+
+        torch.manual_seed(self.seed)
+        self.model = self.adapter.inject(self.base, self.config)
+        injection.hold(self.model, self.adapter)
+        if self.request["start"]:
+            injection.load(self.adapter, self.model, Path(self.request["start"]))
+
+    def fit(self) -> list[Proof]:
+        """Train with SFTTrainer; write the adapter; prove what the trainer alone can show."""
+        import peft
+        from transformers import PreTrainedModel
+        from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+        from harness import checkpoint, injection, proof
+        from harness.trainer import AdapterTrainer, Log, settings
+
+        config, notes = settings(self.recipe, self.folder.checkpoints, device=self.device)
+        self.notes += notes
+        known = isinstance(self.model, PreTrainedModel | peft.PeftModel)
+        kwargs = config.gradient_checkpointing_kwargs or {}
+        if config.gradient_checkpointing and kwargs.get("use_reentrant", False):
+            # Reentrant checkpointing drops gradients where a segment's inputs need none.
+            self.base.enable_input_require_grads()
+        trainer = AdapterTrainer(
+            adapter=self.adapter,
+            injected=self.model,
+            # A wrapper promises nothing but to be called like the base; the base it has in it is
+            # what the trainer knows how to handle.
+            model=self.model if known else self.base,
+            args=config,
+            train_dataset=self.train,
+            eval_dataset=self.eval,
+            processing_class=self.tokenizer,
+            callbacks=[Log(self.folder.log, append=bool(self.request["resume"]))],
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        evaluates = self.recipe.training_config.get("do_eval", True)
+        last = self.folder.last_checkpoint() if self.request["resume"] else None
+        before = None
+        if evaluates:
+            before = _eval_loss(trainer) if last is None else _first_eval(self.folder)
+        with checkpoint.told(self.folder.path):
+            try:
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+            except KeyboardInterrupt:
+                self.steps = trainer.state.global_step
+                if self.steps:
+                    trainer._save_checkpoint(trainer.model, None)  # noqa: SLF001  # its own way
+                raise
+        after = _eval_loss(trainer) if evaluates else None
+        checkpoint.write(self.adapter.state_dict(self.model), self.folder.path)
+        self.history = list(trainer.state.log_history)
+        self.steps = trainer.state.global_step
+        injection.evaluating(self.model, self.adapter)
+        return [
+            proof.only_lora_trains(self.model, self.adapter, self.config, self.expected),
+            proof.optimizer_holds(self.model, trainer.optimizer),
+            proof.checkpoint_is_whole(self.model, self.marks, self.folder.path),
+            proof.loss_went_down(curve(self.history, "loss")),
+            proof.eval_loss_went_down(before, after),
+            proof.base_unchanged(self.marks, self.model),
+        ]
+
+    def probe(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids and mask of one batch of evaluation text, and the trained model's logits on it."""
+        from safetensors.torch import save_file
+
+        from harness import reload
+
+        self.tokenizer.padding_side = "right"
+        texts = [
+            self.tokenizer.apply_chat_template(self.eval[k]["messages"], tokenize=False)
+            for k in range(min(PROBED, len(self.eval)))
+        ]
+        batch = self.tokenizer(
+            texts,
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=PROBED_TOKENS,
+            add_special_tokens=False,
+        )
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        logits = reload.probe(self.model, ids, mask).cpu()
+        save_file({"ids": ids, "mask": mask, "logits": logits}, self.folder.path / reload.PROBE)
+        return ids, mask, logits
+
+    def merged(self, ids: Tensor, mask: Tensor, unmerged: Tensor) -> list[Proof]:
+        """Property 4: the truth first, since merging is not asked to be undone."""
+        from harness import injection, proof
+        from harness.reload import probe
+        from harness.truth import truth
+
+        claims = ("merged-same-logits", "merged-same-replies")
+        reason = ""
+        if "merge" not in self.adapter.capabilities.features:
+            reason = f"{self.adapter.name} does not claim merge"
+        elif self.quantized:
+            reason = "merging into 4-bit weights rounds to 4 bits: no budget is derived for that"
+        elif self.config.modules_to_save or self.config.lora_bias or self.config.bias != "none":
+            reason = "not judged with modules_to_save or trained biases; lora-harness check does"
+        if reason:
+            return [
+                proof.unjudged(claim, "merged = unmerged", reason, "not_claimed")
+                for claim in claims
+            ]
+        dtype = unmerged.dtype
+        found = truth(
+            self.model,
+            self.adapter.factors(self.model),
+            self.marks,
+            ids,
+            mask,
+            config=self.base.config,
+            dtype=dtype,
+        )
+        before = self.replies(COMPARED_REPLIES)
+        injection.release(self.model)
+        self.adapter.merge(self.model)  # type: ignore[attr-defined]  # claimed: the feature brings it
+        self.model.eval()
+        logits = probe(self.model, ids, mask).cpu()
+        real = mask.bool()
+        return [
+            proof.merged_agrees(
+                unmerged=unmerged[real],
+                merged=logits[real],
+                truth=found.trained[real],
+                noise=found.noise[real],
+                base=found.base[real],
+                dtype=dtype,
+            ),
+            proof.same_replies(before, self.replies(COMPARED_REPLIES)),
+        ]
+
+    def replies(self, count: int) -> list[str]:
+        """Greedy replies to the first conversations of the evaluation split."""
+        from harness import chat
+
+        asked, _ = chat.prompts(self.eval.select(range(min(count, len(self.eval)))))
+        return chat.replies(
+            self.model, self.tokenizer, asked, int(self.recipe.data["max_new_tokens"])
+        )
+
+    def answers(self) -> dict[str, Any]:
+        """What the model answers now: to the sample prompt, and how often word for word as expected."""
+        from harness import chat
+
+        data = self.recipe.data
+        rows = self.eval.select(range(min(int(data["match_examples"]), len(self.eval))))
+        asked, expected = chat.prompts(rows)
+        said = self.replies(len(rows))
+        prompt = data.get("prompt") or asked[0][-1]["content"]
+        first = reply(self.model, self.tokenizer, prompt, int(data["max_new_tokens"]))
+        return {
+            "prompt": prompt,
+            "reply": first if data.get("prompt") else said[0],
+            "expected": None if data.get("prompt") else expected[0],
+            "asked": len(rows),
+            "matched": round(chat.exact_match(said, expected) * len(rows)),
+        }
+
+    def free(self) -> None:
+        """Give the card's memory back; the model is gone after this."""
+        import gc
+
+        import torch
+
+        del self.model, self.base
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def reply(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
+    """The greedy reply to one prompt."""
+    from harness import chat
+
+    return chat.replies(model, tokenizer, [[{"role": "user", "content": prompt}]], tokens)[0]
+
+
+def curve(history: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of one quantity of the trainer's log."""
+    return [(int(e["step"]), float(e[key])) for e in history if key in e]
+
+
+def _eval_loss(trainer: Any) -> float:
+    return float(trainer.evaluate()["eval_loss"])
+
+
+def _first_eval(folder: RunFolder) -> float | None:
+    """The loss before training, from the log of the run that is gone on with."""
+    for line in folder.log.read_text("utf-8").splitlines():
+        entry = json.loads(line)
+        if "eval_loss" in entry and entry["step"] == 0:
+            return float(entry["eval_loss"])
+    return None
+
+
+def _claims(adapter: Adapter, recipe: Recipe) -> None:
+    """Raise UsageError where the recipe asks for what the implementation does not claim."""
+    able, asked = adapter.capabilities, recipe.peft_config
+    wanted = {
+        "quantized_base": recipe.model["load_in_4bit"],
+        "rslora": asked["use_rslora"],
+        "lora_bias": asked["lora_bias"],
+        "modules_to_save": asked["modules_to_save"],
+        "dropout": asked["lora_dropout"],
+    }
+    for feature, on in wanted.items():
+        if on and feature not in able.features:
+            raise UsageError(
+                f"adapter {adapter.name}: does not claim {feature}, which the recipe asks for; "
+                "choose another --adapter, or --set the recipe without it"
+            )
+    if asked["bias"] not in able.bias:
+        raise UsageError(f"adapter {adapter.name}: does not claim bias={asked['bias']!r}")
+    if recipe.model["dtype"] not in able.dtypes:
+        raise UsageError(
+            f"adapter {adapter.name}: does not claim a {recipe.model['dtype']} base; "
+            f"--set model.dtype={min(able.dtypes)}"
+        )
+
+
+def limit(budget: int, device: str) -> None:
+    """Let this process have that many bytes of the card, and no more. Raises UsageError on a CPU."""
+    import torch
+
+    if not device.startswith("cuda"):
+        raise UsageError("--budget: limits a GPU's memory, and this run is on the CPU")
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), torch.device(device, 0))
