@@ -294,7 +294,6 @@ _PROBES: dict[str, tuple[str, Case, tuple[str, ...]]] = {
     "float64": (_ORACLE, Case(dtype="float64"), ()),
     "embedding": (_ORACLE, Case(specimen="embedding"), ()),
     "conv2d": (_ORACLE, Case(specimen="conv2d"), ()),
-    "fused_linear": (_ORACLE, Case(specimen="fused"), ()),
     "merge": ("merge/same-output", Case(), ("merge",)),
     "unmerge": ("merge/restores-base", Case(), ("merge", "unmerge")),
     "disable": ("several/disabled-equals-base", Case(), ("disable",)),

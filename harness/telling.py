@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from harness.verdict import Verdict
 
 MARKS = {
+    "unmet": "!",  # a SHOULD that fails
     "passed": "✓",
     "failed": "✗",
     "known": "k",
@@ -47,7 +48,7 @@ def check_command(args: argparse.Namespace) -> int:
         def progress(result: Result) -> None:
             report.add("results", result.as_dict())
             if live:
-                print(f"\r\x1b[K{MARKS[result.outcome]} {result.spec}", end="", flush=True)
+                print(f"\r\x1b[K{mark(result)} {result.spec}", end="", flush=True)
 
         verdict = check(
             args.adapter,
@@ -149,15 +150,21 @@ def families(results: Iterable[Result]) -> str:
         blocked = sum(result.outcome == "blocked" for result in claimed)
         told = f"{passed} of {len(claimed)} hold" if claimed else "not claimed"
         told += f", {blocked} blocked" if blocked else ""
-        rows.append((family, "".join(MARKS[result.outcome] for result in mine), told))
+        rows.append((family, "".join(mark(result) for result in mine), told))
     return table(rows)
+
+
+def mark(result: Result) -> str:
+    """One character for what became of a spec."""
+    unmet = result.outcome == "failed" and result.level == "SHOULD"
+    return MARKS["unmet" if unmet else result.outcome]
 
 
 def failure_text(result: Result) -> str:
     """One failed spec: what MUST hold, the first failure in full, the cases of the others."""
     item = catalogue()[result.spec]
     first, *others = result.failures
-    lines = [f"✗ {result.spec}", textwrap.fill(item.claim, WIDTH - 4), *first.lines()]
+    lines = [f"{mark(result)} {result.spec}", textwrap.fill(item.claim, WIDTH - 4), *first.lines()]
     lines.append(f"{'why':>10}  {item.why}")
     lines.append(f"{'source':>10}  {'; '.join(item.source)}")
     if others:

@@ -244,7 +244,7 @@ class Trial:
                 actual=f"{int(differs.sum())} of {a.numel()} elements differ",
                 measured=float(error.max()),
                 allowed=0.0,
-                where=f"element {list(torch.unravel_index(error.argmax(), error.shape))}"
+                where=f"element {[int(k) for k in torch.unravel_index(error.argmax(), error.shape)]}"
                 if error.dim()
                 else "",
                 observed=a,

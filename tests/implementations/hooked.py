@@ -66,7 +66,9 @@ class Model(nn.Module):
             layer = self.base.get_submodule(name)
             if not mode and layer.lora.kept is None:
                 layer.lora.kept = layer.weight.detach().clone()
-                layer.weight += (layer.lora.scaling * (layer.lora.B @ layer.lora.A)).to(layer.weight.dtype)
+                layer.weight += (layer.lora.scaling * (layer.lora.B @ layer.lora.A)).to(
+                    layer.weight.dtype
+                )
             elif mode and layer.lora.kept is not None:
                 layer.weight.copy_(layer.lora.kept)
                 layer.lora.kept = None
@@ -86,7 +88,9 @@ class Adapter:
         targets = config.targets(model)
         model.requires_grad_(False)
         model.train()
-        for layer in targets.values():
+        for name, layer in targets.items():
+            if hasattr(layer, "lora"):
+                raise ValueError(f"{name} is adapted already")
             layer.lora = Lora(layer, config)
             layer.register_forward_hook(_branch)
             if config.bias == "lora_only" and layer.bias is not None:
@@ -114,6 +118,9 @@ class Adapter:
         model.train(mode)
 
     def merge(self, model):
+        layers = [model.base.get_submodule(name).lora for name in model.adapted]
+        if not all(torch.isfinite(lora.lora_flat).all() for lora in layers):
+            raise ValueError("a factor is not finite")
         model.eval()
 
     def unmerge(self, model):

@@ -26,7 +26,9 @@ class Update(nn.Module):
         like = {"device": weight.device, "dtype": weight.dtype}
         outs = [range(flat.shape[0])[part] for part in rows]
         self.lora_A = nn.ParameterList(
-            nn.Parameter(nn.init.kaiming_uniform_(torch.empty(config.r, flat.shape[1], **like), a=5**0.5))
+            nn.Parameter(
+                nn.init.kaiming_uniform_(torch.empty(config.r, flat.shape[1], **like), a=5**0.5)
+            )
             for _ in rows
         )
         self.lora_B = nn.ParameterList(
@@ -61,7 +63,9 @@ class Adapter:
             rows = config.parts(name) or [slice(None)]
             # A weight that another module shares must not be parametrised there too.
             if isinstance(layer, LAYERS):
-                parametrize.register_parametrization(layer, "weight", Update(layer, config, rows), unsafe=True)
+                parametrize.register_parametrization(
+                    layer, "weight", Update(layer, config, rows), unsafe=True
+                )
                 layer.parametrizations.weight.original.requires_grad_(False)
             layer.requires_grad_(False)
             for parameter in self._update(layer).parameters():
@@ -85,7 +89,10 @@ class Adapter:
         for name, layer in self._layers(model).items():
             u = self._update(layer)
             whole = [None] if u.rows == [slice(None)] else u.rows
-            found[name] = [Factors(A, B, u.scaling, rows) for A, B, rows in zip(u.lora_A, u.lora_B, whole, strict=True)]
+            found[name] = [
+                Factors(A, B, u.scaling, rows)
+                for A, B, rows in zip(u.lora_A, u.lora_B, whole, strict=True)
+            ]
         return found
 
     def state_dict(self, model):
@@ -97,6 +104,9 @@ class Adapter:
 
     def merge(self, model):
         """The sum is kept beside the original: taking it out again costs no rounding."""
+        for name, layer in self._layers(model).items():
+            if not torch.isfinite(layer.weight).all():
+                raise ValueError(f"{name}: the sum is not finite")
         for layer in self._layers(model).values():
             u = self._update(layer)
             if u.on:

@@ -27,9 +27,13 @@ class Branch(nn.Module):
         wide = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
         like = {"device": layer.weight.device, "dtype": wide}
         bound = 1 / math.sqrt(layer.in_features)
-        self.lora_down = nn.Parameter(torch.empty(layer.in_features, config.r, **like).uniform_(-bound, bound))
+        self.lora_down = nn.Parameter(
+            torch.empty(layer.in_features, config.r, **like).uniform_(-bound, bound)
+        )
         self.lora_up = nn.Parameter(torch.zeros(config.r, layer.out_features, **like))
-        self.lora_shift = nn.Parameter(torch.zeros(layer.out_features, **like)) if config.lora_bias else None
+        self.lora_shift = (
+            nn.Parameter(torch.zeros(layer.out_features, **like)) if config.lora_bias else None
+        )
 
     def forward(self, x):
         y = self.layer(x)
@@ -47,8 +51,6 @@ class Branch(nn.Module):
     def fold(self, sign):
         if (sign > 0) == self.merged:
             return
-        if sign > 0 and not torch.isfinite(self.update()).all():
-            raise ValueError("the update is not finite")
         if self.lora_shift is not None:
             if self.layer.bias is None:
                 raise ValueError("there is no bias to merge into")
@@ -61,7 +63,15 @@ class Adapter:
     name, version = "transposed", "1"
     capabilities = Capabilities(
         dtypes={"float32", "bfloat16", "float16", "float64"},
-        features={"rslora", "lora_bias", "dropout", "merge", "unmerge", "disable", "gradient_checkpointing"},
+        features={
+            "rslora",
+            "lora_bias",
+            "dropout",
+            "merge",
+            "unmerge",
+            "disable",
+            "gradient_checkpointing",
+        },
     )
 
     def inject(self, model, config):
@@ -94,6 +104,8 @@ class Adapter:
         load_exactly(self.state_dict(model), state)
 
     def merge(self, model):
+        if not all(torch.isfinite(b.update()).all() for b in self._branches(model).values()):
+            raise ValueError("an update is not finite")
         for b in self._branches(model).values():
             b.fold(+1)
 

@@ -17,7 +17,9 @@ class AcmeAdapter:
         return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
 
     def factors(self, model):
-        return {name: [Factors(m.lora_A, m.lora_B, m.scaling)] for name, m in self.layers(model).items()}
+        return {
+            name: [Factors(m.lora_A, m.lora_B, m.scaling)] for name, m in self.layers(model).items()
+        }
 
     def state_dict(self, model):
         return {k: v for k, v in model.state_dict().items() if k.endswith(("lora_A", "lora_B"))}
