@@ -1,6 +1,6 @@
-"""LoRA by forward hooks: no module is replaced, factors are columns and rows of one flat tensor, `eval()`
-merges, and a merge keeps a copy of the weight to put back.
+"""LoRA by forward hooks: no module is replaced, both factors are views of one flat parameter.
 
+`eval()` merges, and a merge keeps a copy of the weight to put back.
 Written from the paper alone, to be judged: nothing here is shared with the harness's reference.
 """
 
