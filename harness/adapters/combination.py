@@ -52,5 +52,5 @@ def fill(layer: Adapted, terms: Sequence[tuple[str, float]], new: str) -> None:
                 target.lora_A[at:stop] = source.lora_A
                 target.lora_B[:, at:stop] = factor * source.lora_B
                 if target.lora_bias is not None and source.lora_bias is not None:
-                    target.lora_bias += factor * source.lora_bias
+                    target.lora_bias.add_(source.lora_bias, alpha=factor)
                 at = stop

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from harness.adapter import LoraConfig
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Branch(nn.Module):
     """The branch of a `nn.Linear`, or of the part of one that `rows` names."""
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    lora_A: nn.Parameter  # noqa: N815  # the paper's names
+    lora_B: nn.Parameter  # noqa: N815
     lora_bias: nn.Parameter | None
 
     def __init__(self, base: nn.Module, config: LoraConfig, rows: slice | None = None) -> None:
@@ -70,11 +70,11 @@ class Branch(nn.Module):
 
     def down(self, base: Any, x: Tensor) -> Tensor:  # noqa: ARG002  # a convolution needs its base
         """A x: (…, i) to (…, r)."""
-        return F.linear(x, self.lora_A)
+        return functional.linear(x, self.lora_A)
 
     def up(self, base: Any, x: Tensor) -> Tensor:  # noqa: ARG002
         """B x + bias: (…, r) to (…, o)."""
-        return F.linear(x, self.lora_B, self.lora_bias)
+        return functional.linear(x, self.lora_B, self.lora_bias)
 
     def delta(self, base: Any) -> Tensor:  # noqa: ARG002
         """ΔW, laid out as the weight (or the part's rows of it) is."""
@@ -110,7 +110,7 @@ class EmbeddingBranch(Branch):
 
     def down(self, base: Any, x: Tensor) -> Tensor:  # noqa: ARG002
         """Columns of A: (…) indices to (…, r)."""
-        return F.embedding(x, self.lora_A.T)
+        return functional.embedding(x, self.lora_A.T)
 
     def delta(self, base: Any) -> Tensor:
         """ΔW, (v, d)."""
@@ -135,7 +135,9 @@ class ConvBranch(Branch):
 
     def up(self, base: Any, x: Tensor) -> Tensor:
         """B ∗ x + bias: (b, g·r, …) to (b, o, …)."""
-        return F.conv2d(x, self.lora_B[:, :, None, None], self.lora_bias, groups=base.groups)
+        return functional.conv2d(
+            x, self.lora_B[:, :, None, None], self.lora_bias, groups=base.groups
+        )
 
     def delta(self, base: Any) -> Tensor:
         """ΔW, (o, c/g, h, w)."""

@@ -10,6 +10,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,13 +18,39 @@ import torch
 from torch import Tensor, nn
 
 from harness._version import __version__
-from harness.adapter import Capabilities, Factors, LoraConfig, load_exactly, matches
+from harness.adapter import Capabilities, Factors, Feature, LoraConfig, load_exactly, matches
 from harness.adapters import combination, settings
 from harness.adapters.equation import Branch, ConvBranch, EmbeddingBranch
 from harness.adapters.wrapped import Adapted, Whole, bare, swap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+
+FEATURES: frozenset[Feature] = frozenset(
+    {
+        "merge",
+        "unmerge",
+        "dropout",
+        "rslora",
+        "lora_bias",
+        "modules_to_save",
+        "disable",
+        "multi_adapter",
+        "combine",
+        "save",
+        "gradient_checkpointing",
+        "tied_embeddings",
+        "compile",
+        "ddp",
+    }
+)
+CAPABILITIES = Capabilities(
+    layers=frozenset({"linear", "fused_linear", "embedding", "conv2d", "grouped_conv2d"}),
+    dtypes=frozenset({"float32", "bfloat16", "float16", "float64"}),
+    bias=frozenset({"none", "all", "lora_only"}),
+    features=FEATURES | ({"quantized_base"} if find_spec("bitsandbytes") else set()),
+)
 
 
 def adapter() -> Reference:
@@ -45,27 +72,7 @@ class Reference:
 
     name = "reference"
     version = __version__
-    capabilities = Capabilities(
-        layers=frozenset({"linear", "fused_linear", "embedding", "conv2d", "grouped_conv2d"}),
-        dtypes=frozenset({"float32", "bfloat16", "float16", "float64"}),
-        bias=frozenset({"none", "all", "lora_only"}),
-        features=frozenset(
-            {
-                "merge",
-                "unmerge",
-                "dropout",
-                "rslora",
-                "lora_bias",
-                "modules_to_save",
-                "disable",
-                "multi_adapter",
-                "combine",
-                "save",
-                "gradient_checkpointing",
-                "tied_embeddings",
-            }
-        ),
-    )
+    capabilities = CAPABILITIES
     layer: type[Adapted] = Adapted
     whole: type[Whole] = Whole
     branches: ClassVar[Mapping[type[nn.Module], type[Branch]]] = {
@@ -84,7 +91,7 @@ class Reference:
         try:
             self.attach(model, "default", config, trainable=True)
         except BaseException:
-            del model._lora
+            del model._lora  # noqa: SLF001
             raise
         self.set_trainability(model)
         self.checkpoint_inputs(model)

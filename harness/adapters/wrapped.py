@@ -6,8 +6,9 @@ import copy
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
+
+from harness.adapters.quantized import dense, with_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +41,8 @@ class Adapted(nn.Module):
 
     def of(self, adapter: str) -> list[Branch]:
         """The branches of one adapter."""
-        return list(self.adapters[adapter]) if adapter in self.adapters else []  # type: ignore[arg-type]
+        found: Any = self.adapters[adapter] if adapter in self.adapters else []  # noqa: SIM401  # no `get`
+        return list(found)
 
     def forward(self, x: Tensor) -> Tensor:
         """Y = base(x) + Σ branch(x)."""
@@ -101,8 +103,8 @@ class Adapted(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast what is kept, too."""
         for module in self.kept:
-            module._apply(fn, recurse)  # noqa: SLF001
-        return super()._apply(fn, recurse)
+            module._apply(fn, recurse)  # type: ignore[no-untyped-call]  # noqa: SLF001
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     @property
     def weight(self) -> Tensor:
@@ -155,7 +157,7 @@ def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put each value in its key's place, under every name that has."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():  # noqa: SLF001  # every name, not each child once
-            if child in new:
+            if child is not None and child in new:
                 parent._modules[name] = new[child]  # noqa: SLF001
 
 
@@ -168,19 +170,3 @@ def bare(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         swap(model, {module.original: module for module in wrapped})
-
-
-def dense(base: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """A layer's weight and bias, as numbers."""
-    return base.weight.detach(), getattr(base, "bias", None)  # type: ignore[operator,return-value,union-attr]
-
-
-def with_weight(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A layer like `base` with another weight, and its very bias where that is not another."""
-    module = copy.copy(base)
-    module._parameters = dict(base._parameters)  # noqa: SLF001  # a shallow copy shares the dictionary
-    with torch.no_grad():
-        module.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not getattr(base, "bias", None):
-            module.bias = nn.Parameter(bias, requires_grad=False)  # type: ignore[arg-type]
-    return module
