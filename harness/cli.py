@@ -204,10 +204,65 @@ def _bench_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _plan_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--budget", required=True, metavar="SIZE", help="memory to fit, such as 8GiB")
+    p.add_argument("--model", default="mini-4k", help="(default: mini-4k)")
+    p.add_argument("--adapter", default="peft", help="any implementation (default: peft)")
+    p.add_argument(
+        "--target", type=int, metavar="TOKENS", help="tokens an optimizer step is to see"
+    )
+    p.add_argument("--rank", type=_numbers, default=[16], metavar="R,...", help="(default: 16)")
+    p.add_argument("--dtype", type=_names("float32", "bfloat16", "float16"), default=["bfloat16"])
+    p.add_argument("--batch", type=_numbers, default=[1, 4], metavar="N,...", help="(default: 1,4)")
+    p.add_argument(
+        "--sequence",
+        type=_numbers,
+        default=[512, 2048],
+        metavar="N,...",
+        help="(default: 512,2048)",
+    )
+    p.add_argument("--checkpointing", type=_names("off", "on"), default=["off", "on"])
+    p.add_argument("--quantization", type=_names("none", "nf4"), default=["none", "nf4"])
     _json(p)
 
 
+def _numbers(text: str) -> list[int]:
+    """Whole numbers above zero, separated by commas."""
+    numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",") if part]
+    if any(number < 1 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 4,8,16")
+    return numbers
+
+
+def _names(*known: str) -> Callable[[str], list[str]]:
+    """Some of the names known, separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        names = [part.strip() for part in text.split(",") if part.strip()]
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
+        return names
+
+    return parse
+
+
 def _matrix_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--leg",
+        action="append",
+        default=[],
+        metavar="REQUIREMENTS",
+        help="versions of one leg, such as peft==0.8.2 or 'peft==0.13.2,transformers==4.46.1'; `here` is this environment; repeatable",
+    )
+    p.add_argument(
+        "--environments", type=Path, metavar="DIR", help="where the legs' environments are kept"
+    )
+    p.add_argument(
+        "run",
+        nargs=argparse.REMAINDER,
+        metavar="-- COMMAND ...",
+        help="what to run in each leg, such as -- check peft",
+    )
     _json(p)
 
 

@@ -1,8 +1,8 @@
 """Costs that are the same on every run: operations, FLOPs, bytes, Python calls.
 
-    with counting() as count:              # or counting(model=..., logits_width=...)
-        model(**batch)
-    count.result().flops
+with counting() as count:              # or counting(model=..., logits_width=...)
+    model(**batch)
+count.result().flops
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import Phi3ForCausalLM
 
 
 @contextmanager
@@ -28,25 +28,63 @@ def fake_tensors() -> Iterator[None]:
     # parameter that has one, even to what it is already (torch 2.13, `torch.utils.swap_tensors`).
     # No real tensor is converted twice here, which is all that the memo is for.
     mode.fake_tensor_converter.set_tensor_memo = _forget  # type: ignore[method-assign]
-    with mode:
+    with mode, _one_sequence_a_row():
         yield
+
+
+@contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """Tell transformers that no row holds packed sequences.
+
+    It would look at position ids, which have no values here, and on failing to would make a mask for
+    each layer that a real run has not (transformers 5, `masking_utils`).
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    if not hasattr(masking_utils, name):
+        yield
+        return
+    real = getattr(masking_utils, name)
+    setattr(masking_utils, name, _none)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, real)
+
+
+def _none(*_: object, **__: object) -> None:
+    return None
 
 
 def _forget(real: torch.Tensor, fake: torch.Tensor) -> None:
     pass
 
 
-def fake_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model of a configuration, uninitialised; call it under `fake_tensors`."""
+def fake_model(name: str, dtype: str) -> Phi3ForCausalLM:
+    """A named Phi-3 of shapes alone, as `harness.phi3.load` makes a real one; under `fake_tensors`."""
     from transformers import AutoModelForCausalLM
 
-    with skipped_initialization():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    from harness import phi3
+
+    config = phi3.config(name)
+    config.use_cache = False
+    # transformers before 4.56 knew the argument as torch_dtype; the default dtype suits all.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with _uninitialized():
+            model: Phi3ForCausalLM = AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa"
+            )
+    finally:
+        torch.set_default_dtype(before)
+    return model
 
 
 @contextmanager
-def skipped_initialization() -> Iterator[None]:
-    """Leave weights as they come: values of fake tensors are worth no time."""
+def _uninitialized() -> Iterator[None]:
+    """Leave weights as they come: the values of fake tensors are worth no time."""
     try:
         from transformers.initialization import no_init_weights
     except ImportError:  # transformers before 5
