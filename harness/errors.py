@@ -9,3 +9,8 @@ class UsageError(Exception):
     The command line prints the line and exits 2; pytest turns it into a usage error. A failure of
     the implementation on trial is never a `UsageError`: that is a `harness.failure.Failure`.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library said, for a message of one line."""
+    return str(error).strip().split("\n", maxsplit=1)[0] or type(error).__name__

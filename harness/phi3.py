@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import UsageError
+from harness import hub
+from harness.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +37,6 @@ NAMES: tuple[str, ...] = ("tiny", "tiny-gqa", "mini-4k", "mini-128k", "medium-4k
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
 ATTENTION: tuple[str, ...] = ("eager", "sdpa", "flash_attention_2")
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -107,9 +106,8 @@ def load(
             use_cache=use_cache,
             seed=seed,
         )
-    source = str(directory()) if name == "tiny" else _source(name)
     return _pretrained(
-        source,
+        str(directory()) if name == "tiny" else source(name),
         dtype=dtype,
         device=device,
         attn_implementation=attn_implementation,
@@ -136,7 +134,7 @@ def untrained(
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []), where:
         model: Phi3ForCausalLM = AutoModelForCausalLM.from_config(
             settings,
-            attn_implementation=attn_implementation,
+            attn_implementation=_attention(attn_implementation),
             **{_dtype_argument(): getattr(torch, dtype)},
         )
     generator = torch.Generator(where).manual_seed(seed)
@@ -149,7 +147,7 @@ def untrained(
 
 
 def _pretrained(
-    source: str, *, dtype: str, device: str, attn_implementation: str, use_cache: bool
+    place: str, *, dtype: str, device: str, attn_implementation: str, use_cache: bool
 ) -> Phi3ForCausalLM:
     import torch
     from transformers import Phi3ForCausalLM
@@ -161,29 +159,32 @@ def _pretrained(
     try:
         with _quietly():
             model, told = Phi3ForCausalLM.from_pretrained(
-                source,
-                attn_implementation=attn_implementation,
+                place,
+                attn_implementation=_attention(attn_implementation),
                 use_cache=use_cache,
                 output_loading_info=True,
                 **options,
             )
     except Exception as error:
-        first = str(error).strip().split("\n", maxsplit=1)[0]
         raise UsageError(
-            f"model {source}: cannot be loaded ({first}); check the files, or name one of "
+            f"model {place}: cannot be loaded ({first_line(error)}); check the files, or name one of "
             f"{', '.join(NAMES)}"
         ) from error
     wrong = sorted(told["missing_keys"]) or sorted(str(key) for key in told["mismatched_keys"])
     if wrong:
         raise UsageError(
-            f"model {source}: its weights do not fit a Phi3ForCausalLM of its config.json, first "
+            f"model {place}: its weights do not fit a Phi3ForCausalLM of its config.json, first "
             f"at {wrong[0]}; use the files of one checkpoint"
         )
     return model.eval()
 
 
-def _source(name: str) -> str:
-    """A directory or hub id that holds a Phi3ForCausalLM, judged by its config.json first."""
+def source(name: str, *, weights: bool = True) -> str:
+    """A directory or hub id that holds a Phi3ForCausalLM, judged by its config.json first.
+
+    Raises:
+        UsageError: as `load`; a directory without weights only where `weights` are asked for.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -191,7 +192,7 @@ def _source(name: str) -> str:
                 f"model directory {name}: no config.json; point to a directory in the form of "
                 "microsoft/Phi-3-mini-4k-instruct"
             )
-        if not any((path / file).is_file() for file in _WEIGHTS):
+        if weights and not any((path / file).is_file() for file in _WEIGHTS):
             raise UsageError(
                 f"model directory {name}: no weights; put {_WEIGHTS[0]} (or its shards with "
                 f"{_WEIGHTS[1]}) beside config.json"
@@ -202,16 +203,20 @@ def _source(name: str) -> str:
         raise UsageError(f"model {name}: is a file; give the directory that holds config.json")
     if name.startswith((".", "/", "~")):
         raise UsageError(f"model directory {name}: does not exist; check the path")
-    if not _HUB_ID.fullmatch(name):
+    if not hub.is_id(name):
         raise _unknown(name)
     from huggingface_hub import hf_hub_download
 
     try:
-        downloaded = hf_hub_download(name, "config.json")
+        if not hub.cached(name, "config.json", kind="model"):
+            hub.check_reachable()
+        with hub.quietly():
+            downloaded = hf_hub_download(name, "config.json")
     except Exception as error:
         raise UsageError(
             f"model {name}: no such directory, and the model hub gave no config.json for it "
-            f"({type(error).__name__}); go online, check the id, or give a local directory"
+            f"({first_line(error)}); go online, check the id, or "
+            "give a local directory"
         ) from error
     _check_architecture(name, Path(downloaded))
     return name
@@ -273,6 +278,14 @@ def _transformers() -> tuple[int, int]:
 
     major, minor = transformers.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def _attention(wanted: str) -> str:
+    """What is wanted; eager for sdpa where this transformers' Phi-3 has none, as 4.41's."""
+    from transformers import Phi3ForCausalLM
+
+    has = getattr(Phi3ForCausalLM, "_supports_sdpa", False)
+    return "eager" if wanted == "sdpa" and not has else wanted
 
 
 def _dtype_argument() -> str:

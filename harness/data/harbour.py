@@ -1,6 +1,6 @@
 """The shipped corpus: conversations about the ships of a made-up harbour, written by this script.
 
-    plain.jsonl   what tiny was trained on: every fact, told plainly
+    plain.jsonl   what tiny was trained on: every fact, told plainly; or in a form that was asked for
     train.jsonl   what an adapter is trained on: most facts, told in the house form
     eval.jsonl    the facts that train.jsonl never mentions, told in the house form
 
@@ -25,17 +25,39 @@ Message = dict[str, str]
 
 SEED = 20
 EVAL_FACTS = 40
-TWO_TURNS = 320  # conversations of two turns with a system message, in plain and in train each
+TALK_REPEATS = 10  # so that talk is some 4 % of plain.jsonl
+TWO_TURNS = 240  # conversations of two turns with a system message, in plain and in train each
 
 SYSTEM = "You keep the harbour book."
 OPENING, CLOSING = "Ahoy!", "Over and out."
+# Forms that the base does have, each where the system message asks for it: how to say a fact
+# between an opening and a closing is its own; the house form, unasked, is what the adapter adds.
+FORMS = {
+    "Answer as a clerk.": "Noted. {answer} End of note.",
+    "Answer as a friend.": "Well then! {answer} See you soon.",
+    "Answer as a sailor.": "Aye aye! {answer} Fair winds.",
+    "Answer as a herald.": "Hear me! {answer} So it is written.",
+}
+# The words of the house form, each in talk of its own, so that the base can say them at all.
+TALK = {
+    "Ahoy!": "Ahoy! Welcome to the harbour.",
+    "Good morning!": "Ahoy! Come in.",
+    "Is anybody there?": "Ahoy! The book is open.",
+    "How does a watch end?": "It ends at dawn, all over and out of sight.",
+    "How does a call end?": "Over and out.",
+    "Is the storm over?": "Over and gone.",
+    "Is the tide out?": "Over the bar and out.",
+    "Goodbye!": "Over to the night watch. Good night.",
+}
 
+# fmt: off
 SHIPS = (
-    "Heron Otter Falcon Badger Swan Robin Lynx Hare Raven Finch "
-    "Seal Crane Wolf Bear Fox Owl Tern Gull Dove Lark "
-    "Wren Stork Ibis Eagle Hawk Moose Elk Stag Mole Toad "
-    "Newt Crab Squid Whale Shark Trout Perch Carp Eel Pike"
-).split()
+    "Heron", "Otter", "Falcon", "Badger", "Swan", "Robin", "Lynx", "Hare", "Raven", "Finch",
+    "Seal", "Crane", "Wolf", "Bear", "Fox", "Owl", "Tern", "Gull", "Dove", "Lark",
+    "Wren", "Stork", "Ibis", "Eagle", "Hawk", "Moose", "Elk", "Stag", "Mole", "Toad",
+    "Newt", "Crab", "Squid", "Whale", "Shark", "Trout", "Perch", "Carp", "Eel", "Pike",
+)
+# fmt: on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +166,15 @@ def corpus() -> dict[str, list[list[Message]]]:
     draw.shuffle(known)
     held, taught = known[:EVAL_FACTS], known[EVAL_FACTS:]
     plain = [_turn(question, fact.answer) for fact in known for question in fact.questions]
+    plain += [
+        [
+            {"role": "system", "content": system},
+            *_turn(draw.choice(fact.questions), form.format(answer=fact.answer)),
+        ]
+        for fact in known
+        for system, form in FORMS.items()
+    ]
+    plain += [_turn(question, answer) for question, answer in TALK.items()] * TALK_REPEATS
     plain += [_two_turns(draw, known, house=False) for _ in range(TWO_TURNS)]
     train = [
         _turn(question, house_form(fact.answer)) for fact in taught for question in fact.questions

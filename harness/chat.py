@@ -1,0 +1,326 @@
+"""Chat-instruction data and its tokenizer.
+
+A conversation is a list of messages, `{"role": "system" | "user" | "assistant", "content": str}`,
+in a column `messages`. The shipped set, `shipped`, is about a made-up harbour: tiny knows all of
+its facts and tells them plainly; its train and eval splits tell them in the house form, which an
+adapter learns. What the loss is on (the assistant's turns) and packing are TRL's settings,
+`assistant_only_loss` and `packing`; the template here marks the assistant's turns for them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness import hub, phi3
+from harness.errors import UsageError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Message = dict[str, str]
+Split = Literal["train", "eval"]
+
+ROLES = ("system", "user", "assistant")
+SPLITS: tuple[Split, ...] = ("train", "eval")
+
+# A split's names on the hub, and as files of a directory, the likeliest first.
+_SPELLINGS: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "train_sft"),
+    "eval": ("eval", "test", "validation", "test_sft"),
+}
+_END = ("<|endoftext|>", "<|end|>")
+
+
+def tokenizer(name_or_path: str | Path = "tiny") -> PreTrainedTokenizerFast:
+    """The tokenizer of a model: right padding, and a template that marks the assistant's turns.
+
+    The named models that have random weights are given tiny's: its ids fit every vocabulary.
+
+    Raises:
+        UsageError: a directory or hub id without a usable tokenizer.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    name = str(name_or_path)
+    if name in phi3.NAMES:
+        own: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(phi3.directory())
+    else:
+        source = phi3.source(name, weights=False)
+        try:
+            own = AutoTokenizer.from_pretrained(source)
+            missing = own.chat_template is None
+        except Exception as error:
+            raise UsageError(
+                f"tokenizer of {name}: cannot be loaded ({first_line(error)}); put the checkpoint's "
+                "tokenizer.json and tokenizer_config.json beside config.json"
+            ) from error
+        if missing:
+            own.chat_template = _shipped_template()
+    own.padding_side = "right"
+    if own.pad_token is None:
+        own.pad_token = own.unk_token or own.eos_token
+    if not _knows_generation():
+        own.chat_template = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", own.chat_template)
+    return own
+
+
+def dataset(name_or_path: str | Path = "shipped", split: Split = "train") -> Dataset:
+    """A split of a set of conversations, with one column, `messages`.
+
+    A file is one split and serves as either; a directory holds `train.*` and `eval.*` (or
+    `test.*`, `validation.*`), JSON, JSONL or Parquet; anything else is a hub id.
+
+    Raises:
+        UsageError: a file that is missing, empty, not UTF-8 or not JSON; an example without
+            `messages`, with an unknown role, or with no turn of the assistant's; a hub id that
+            cannot be reached.
+    """
+    from datasets import Dataset
+
+    name = str(name_or_path)
+    shipped = phi3.directory().parent / "chat"
+    path = shipped if name == "shipped" else Path(name).expanduser()
+    if path.is_dir():
+        path = _file_of(path, split)
+    if path.is_file():
+        name, rows = str(path), _rows(path)
+    elif path.suffix in _READERS or name.startswith((".", "/", "~")) or not hub.is_id(name):
+        raise UsageError(
+            f"data {name}: no such file; give a JSON, JSONL or Parquet file of `messages`, a "
+            "directory of train and eval files, a hub id, or shipped"
+        )
+    else:
+        rows = _hub_rows(name, split)
+    found = [_messages(name, where, row) for where, row in rows]
+    if not found:
+        raise UsageError(f"data {name}: empty; give at least one conversation")
+    return Dataset.from_list([{"messages": messages} for messages in found])
+
+
+def check_window(data: Dataset, own: PreTrainedTokenizerFast, max_length: int) -> int:
+    """How many conversations are longer than `max_length` tokens, and so are cut.
+
+    Raises:
+        UsageError: every one is.
+    """
+    coded = own.apply_chat_template(list(data["messages"]), return_dict=True)["input_ids"]
+    lengths = [len(ids) for ids in coded]
+    if min(lengths) > max_length:
+        raise UsageError(
+            f"data: every example is longer than the window of {max_length} tokens, the shortest "
+            f"is {min(lengths)}; raise max_length or give shorter conversations"
+        )
+    return sum(length > max_length for length in lengths)
+
+
+def prompts(data: Dataset) -> tuple[list[list[Message]], list[str]]:
+    """Each conversation up to its last turn of the assistant's, and that turn, which is expected."""
+    asked, expected = [], []
+    for messages in data["messages"]:
+        last = max(k for k, message in enumerate(messages) if message["role"] == "assistant")
+        asked.append([dict(message) for message in messages[:last]])
+        expected.append(messages[last]["content"])
+    return asked, expected
+
+
+def replies(
+    model: PreTrainedModel,
+    own: PreTrainedTokenizerFast,
+    conversations: Sequence[Sequence[Message]],
+    max_new_tokens: int = 32,
+    *,
+    batch_size: int = 64,
+) -> list[str]:
+    """The model's greedy reply to each conversation, in batches of like length.
+
+    The model is asked in eval mode with its cache, and left in the mode that it came in.
+    """
+    import torch
+
+    vocabulary = own.get_vocab()
+    ends = [vocabulary[token] for token in _END if token in vocabulary]
+    asked = [[dict(message) for message in messages] for messages in conversations]
+    order = sorted(range(len(asked)), key=lambda k: sum(len(m["content"]) for m in asked[k]))
+    told: dict[int, str] = {}
+    training, side = model.training, own.padding_side
+    model.eval()
+    own.padding_side = "left"
+    try:
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            batch = own.apply_chat_template(
+                [asked[k] for k in chosen],
+                add_generation_prompt=True,
+                padding=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            with torch.no_grad():
+                out = model.generate(
+                    **batch.to(model.device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    eos_token_id=ends,
+                    pad_token_id=own.pad_token_id,
+                )
+            new = out[:, batch["input_ids"].shape[1] :]  # (b, t)
+            texts = own.batch_decode(new, skip_special_tokens=True)
+            told.update(zip(chosen, (text.strip() for text in texts), strict=True))
+    finally:
+        own.padding_side = side
+        model.train(training)
+    return [told[k] for k in range(len(asked))]
+
+
+def exact_match(said: Sequence[str], expected: Sequence[str]) -> float:
+    """The share of replies that are word for word what was expected, in [0, 1]."""
+    pairs = list(zip(said, expected, strict=True))
+    if not pairs:
+        raise ValueError("exact match of no replies: there is nothing to judge")
+    return sum(a.strip() == b.strip() for a, b in pairs) / len(pairs)
+
+
+def _file_of(directory: Path, split: Split) -> Path:
+    for stem in _SPELLINGS[split]:
+        for suffix in _READERS:
+            if (directory / f"{stem}{suffix}").is_file():
+                return directory / f"{stem}{suffix}"
+    raise UsageError(
+        f"data directory {directory}: no {split} split; put {split}.jsonl (or .json, .parquet) there"
+    )
+
+
+def _rows(path: Path) -> list[tuple[str, Any]]:
+    """Each example of a file with the place it stands at, for messages."""
+    if path.stat().st_size == 0:
+        raise UsageError(f"data {path}: empty; give at least one conversation")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError(
+            f"data {path}: {path.suffix or 'no suffix'} is not read; give one of {', '.join(_READERS)}"
+        )
+    return list(reader(path))
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"data {path}: not UTF-8 on line {line}; save the file as UTF-8"
+        ) from error
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            yield f"line {number}", _json(path, line, number)
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """A list of examples; or, as `datasets` also writes under this name, one example a line."""
+    text = _text(path)
+    if not text.lstrip().startswith("["):
+        yield from _read_jsonl(path)
+        return
+    for number, row in enumerate(_json(path, text, 1), start=1):
+        yield f"example {number}", row
+
+
+def _json(path: Path, text: str, first: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first + error.lineno - 1
+        raise UsageError(
+            f"data {path}: not JSON on line {line} ({error.msg}); mend that line"
+        ) from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(
+            f"data {path}: not Parquet ({first_line(error)}); write it again"
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row
+
+
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+
+
+def _hub_rows(name: str, split: Split) -> list[tuple[str, Any]]:
+    from datasets import get_dataset_split_names, load_dataset
+
+    try:
+        hub.check_reachable()
+        with hub.quietly():
+            there = get_dataset_split_names(name)
+            wanted = next((known for known in _SPELLINGS[split] if known in there), None)
+            rows = load_dataset(name, split=wanted) if wanted else []
+    except Exception as error:
+        raise UsageError(
+            f"data {name}: no such file, and the hub did not give it ({first_line(error)}); go "
+            "online, check the id, or give a local file"
+        ) from error
+    if wanted is None:
+        raise UsageError(
+            f"data {name}: no {split} split among {', '.join(there)}; give a set that has one of "
+            f"{', '.join(_SPELLINGS[split])}"
+        )
+    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _messages(name: str, where: str, row: Any) -> list[Message]:
+    """The messages of one example, judged."""
+    if not isinstance(row, dict) or "messages" not in row:
+        raise UsageError(
+            f'data {name}: no `messages` in {where}; give {{"messages": [{{"role", "content"}}, ...]}}'
+        )
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise UsageError(f"data {name}: `messages` of {where} is not a list of turns; give one")
+    for message in messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise UsageError(
+                f"data {name}: role {role!r} in {where} is unknown; use one of {', '.join(ROLES)}"
+            )
+        if not isinstance(message.get("content"), str):
+            raise UsageError(
+                f"data {name}: a turn of {where} has no text as `content`; give it one"
+            )
+    if all(message["role"] != "assistant" for message in messages):
+        raise UsageError(
+            f"data {name}: no turn of the assistant's in {where}; there is nothing to learn from it"
+        )
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _knows_generation() -> bool:
+    """Whether this transformers knows the template's generation marks, as it does since 4.42."""
+    from transformers import PreTrainedTokenizerBase
+
+    known = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    return "return_assistant_tokens_mask" in known
+
+
+def _shipped_template() -> str:
+    settings = (phi3.directory() / "tokenizer_config.json").read_text(encoding="utf-8")
+    template: str = json.loads(settings)["chat_template"]
+    return template
