@@ -90,6 +90,7 @@ def _plain(value: object) -> str:
 LAYER_OF: dict[str, str] = {
     "embedding": "embedding",
     "conv2d": "conv2d",
+    "dilated": "conv2d",
     "grouped": "grouped_conv2d",
     "fused": "fused_linear",
     "fused-unequal": "fused_linear",

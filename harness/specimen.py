@@ -6,7 +6,8 @@ Whole models are Phi-3. The same case gives the same weights and inputs in every
     linear          one nn.Linear with a bias                         shape (in, out)
     bare            one nn.Linear without one                         shape (in, out)
     embedding       one nn.Embedding with a padding index             shape (num, dim)
-    conv2d          one nn.Conv2d with stride, padding, dilation      shape (in, out, kh, kw)
+    conv2d          one nn.Conv2d with stride and padding             shape (in, out, kh, kw)
+    dilated         the same, with dilation                           shape (in, out, kh, kw)
     grouped         one nn.Conv2d of two groups                       shape (in, out, kh, kw)
     fused           one fused projection, q, k, v of equal rows       shape (in, rows of a part)
     fused-unequal   the same, grouped-query: 2u, u, u rows            shape (in, u)
@@ -36,7 +37,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "linear": (11, 7),
     "bare": (11, 7),
     "embedding": (13, 5),
-    "conv2d": (3, 4, 3, 2),
+    "conv2d": (3, 4, 3, 3),
+    "dilated": (3, 4, 3, 3),
     "grouped": (4, 6, 3, 2),
     "fused": (10, 4),
     "fused-unequal": (10, 3),
@@ -44,6 +46,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "tied": (13, 5),
     "shared": (11, 7),
 }
+
+CONVOLUTIONS = frozenset({"conv2d", "dilated", "grouped"})
 
 PHI3_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
@@ -145,6 +149,7 @@ def is_linear(case: Case) -> bool:
         "bare",
         "embedding",
         "conv2d",
+        "dilated",
         "grouped",
         "fused",
         "fused-unequal",
@@ -177,7 +182,7 @@ def reduction(case: Case) -> int:
     sizes = shape_of(case)
     if case.specimen == "embedding":
         return 1 + case.r
-    if case.specimen in {"conv2d", "grouped"}:
+    if case.specimen in CONVOLUTIONS:
         # The implementation's own r' is at most r times the kernel's longer side.
         return sizes[0] * sizes[2] * sizes[3] + case.r * max(sizes[2:])
     return sizes[0] + case.r
@@ -185,9 +190,13 @@ def reduction(case: Case) -> int:
 
 def build(case: Case) -> nn.Module:
     """The base of a case: fresh, in its dtype, on its device; the same bits each time."""
-    return copy.deepcopy(
-        _pristine(case.specimen, shape_of(case), case.dtype, case.device, case.seed)
-    )
+    return copy.deepcopy(pristine(case))
+
+
+def pristine(case: Case) -> nn.Module:
+    """The base that `build` copies: to look at, never to change or to give away."""
+    made: nn.Module = _pristine(case.specimen, shape_of(case), case.dtype, case.device, case.seed)
+    return made
 
 
 @lru_cache(maxsize=32)
@@ -207,11 +216,12 @@ def _pristine(
 def _make(specimen: str, shape: tuple[int, ...]) -> nn.Module:
     if specimen in {"stack", "tied", "shared"}:
         return {"stack": Stack, "tied": Tied, "shared": Shared}[specimen](*shape)
-    if specimen in {"conv2d", "grouped"}:
+    if specimen in CONVOLUTIONS:
         i, o, kh, kw = shape
         groups = 2 if specimen == "grouped" else 1
+        dilation = (1, 2) if specimen == "dilated" else 1
         conv = nn.Conv2d(
-            i, o, (kh, kw), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=groups
+            i, o, (kh, kw), stride=(2, 1), padding=(1, 2), dilation=dilation, groups=groups
         )
         return One(conv)
     if specimen == "embedding":
@@ -231,14 +241,15 @@ def inputs(case: Case, seed: int = 0) -> Any:
     g = torch.Generator().manual_seed(2_000 + 97 * case.seed + seed)
     shape = shape_of(case)
     if case.specimen not in SHAPES:
-        vocab = build(case).config.vocab_size
+        model: Any = pristine(case)
+        vocab = model.config.vocab_size
         ids = torch.randint(0, int(vocab), (2, 9), generator=g)  # (b, t)
         return {"input_ids": ids.to(case.device)}
     if case.specimen in {"embedding", "tied"}:
         ids = torch.randint(0, shape[0], (3, 5), generator=g)
         ids[0, 0] = 1  # the padding index is always asked for
         return ids.to(case.device)
-    if case.specimen in {"conv2d", "grouped"}:
+    if case.specimen in CONVOLUTIONS:
         x = torch.randn(2, shape[0], 7, 8, generator=g, dtype=torch.float64)
     else:
         x = torch.randn(3, 4, shape[0], generator=g, dtype=torch.float64)  # (b, t, i)

@@ -13,6 +13,7 @@ correct arrangement (branch, merged, parametrised), so a correct implementation 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,42 @@ def outputs(
     coarse = dtype if unit_roundoff(dtype) >= unit_roundoff(factor_dtype or dtype) else factor_dtype
     assert coarse is not None
     return M * (STORED * u + accumulation(n + STORED, coarse)) + smallest(dtype)
+
+
+def gradients(
+    M: Tensor, *, n: int, dtype: torch.dtype, factor_dtype: torch.dtype | None = None
+) -> Tensor:
+    """The budget of a gradient of one layer, elementwise.
+
+    A backward pass is products and sums as the forward pass is, over at most n terms, and stores as
+    many tensors again; so twice the roundings of `outputs`.
+
+    Args:
+        M: float64, the gradient of the layer with every term, and the gradient of its output, made
+            positive: the sum of the absolute values of all products that may be added up.
+        n: reduction length: never more than all inputs, all outputs and the rank together.
+        dtype: of the base, its input and its output.
+        factor_dtype: of the factors; the coarser of the two decides.
+    """
+    return 2 * outputs(M, n=n, dtype=dtype, factor_dtype=factor_dtype)
+
+
+def chance(draws: int, width: float, alarm: float = 1e-12) -> float:
+    """How far the mean of independent draws may lie from its expectation.
+
+    Hoeffding (1963): P(|mean - expectation| ≥ t) ≤ 2·exp(-2·draws·t²/width²) for draws within an
+    interval of that width. The t at which that is `alarm`, the probability of a false alarm.
+    """
+    return width * math.sqrt(math.log(2 / alarm) / (2 * draws))
+
+
+def setting(value: float) -> float:
+    """The budget of a number computed from settings, as alpha/r is: two float32 roundings of it.
+
+    Implementations may keep such a number in a float32 tensor; two divisions of float64 numbers
+    that are equal in the reals differ by less.
+    """
+    return 2 * unit_roundoff(torch.float32) * abs(value)
 
 
 def weights(
@@ -130,6 +167,32 @@ def model(noise: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
     """
     floor = unit_roundoff(dtype) * truth.abs().max()
     return MODEL_MARGIN * torch.maximum(noise.double().abs().max(), floor).reshape(())
+
+
+def updates(
+    noise: Tensor,
+    truth: Tensor,
+    stored: Tensor,
+    *,
+    dtype: torch.dtype,
+    factor_dtype: torch.dtype,
+    steps: int = 1,
+) -> Tensor:
+    """The budget of what some optimizer steps change in a factor, elementwise.
+
+    The gradient's own error is that of a whole model, see `model`. A step rounds the factor it stores,
+    and so did the step before it: one rounding of the factor for each, and one for where it started.
+
+    Args:
+        noise: the same steps of the equation evaluated in `dtype`, less the truth.
+        truth: float64, the change.
+        stored: float64, the factor after the steps.
+        dtype: of the base.
+        factor_dtype: of the factors.
+        steps: how many.
+    """
+    coarse = max(dtype, factor_dtype, key=unit_roundoff)
+    return model(noise, truth, coarse) + (steps + 1) * unit_roundoff(factor_dtype) * stored.abs()
 
 
 def smallest(dtype: torch.dtype) -> float:

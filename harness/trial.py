@@ -47,6 +47,7 @@ class Trial:
     margins: list[tolerance.Margin] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _folders: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _factor_dtype: torch.dtype | None = None
 
     # -- the parts ---------------------------------------------------------------------------------
 
@@ -121,7 +122,7 @@ class Trial:
     def factors(self, model: nn.Module) -> dict[str, list[Factors]]:
         """The live factors, checked: known modules, whole, of shapes that fit."""
         found = self.adapter.factors(model)
-        modules = dict(self.base().named_modules())
+        modules = dict(specimen.pristine(self.case).named_modules())
         if not isinstance(found, dict) or not found:
             fail("names", expected="factors for every adapted module", actual=repr(found)[:80])
         for name, parts in found.items():
@@ -131,8 +132,11 @@ class Trial:
                     expected="factors by each module's dotted name in the base",
                     actual=f"{name!r} is no module of the base",
                 )
+            if not parts:
+                fail("names", expected="Factors of each adapted part", actual="none", where=name)
             for f in parts:
                 _check_shape(name, modules[name], f)
+        self._factor_dtype = self._factor_dtype or _coarsest(found)
         return found
 
     def snapshot(self, model: nn.Module) -> Snapshot:
@@ -195,11 +199,11 @@ class Trial:
 
     @property
     def factor_dtype(self) -> torch.dtype:
-        """The dtype of the implementation's factors at this case, read off a fresh injection."""
-        found = self.adapter.factors(self.inject())
-        return max(
-            (f.A.dtype for parts in found.values() for f in parts), key=tolerance.unit_roundoff
-        )
+        """The dtype of the implementation's factors at this case, as they were first seen."""
+        if self._factor_dtype is None:
+            self.factors(self.inject())
+        assert self._factor_dtype is not None
+        return self._factor_dtype
 
     # -- the judgement -----------------------------------------------------------------------------
 
@@ -261,6 +265,11 @@ class Trial:
                 return
         if not [w for w in caught if not _is_housekeeping(w)] and not said:
             fail("silent", expected=expected, actual="nothing was raised and nothing was warned")
+
+
+def _coarsest(found: dict[str, list[Factors]]) -> torch.dtype:
+    """Of the factors' dtypes the one that rounds most."""
+    return max((f.A.dtype for parts in found.values() for f in parts), key=tolerance.unit_roundoff)
 
 
 def _is_housekeeping(caught: warnings.WarningMessage) -> bool:

@@ -1,23 +1,71 @@
-"""What an adapted model computes."""
+"""What an adapted model computes: the equation, on every input, from the factors as they are."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.case import Case
+from harness.failure import fail
 from harness.spec import spec
 
 if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+    from torch import Tensor
+
     from harness.trial import Trial
 
 PAPER = "LoRA, section 4.1, https://arxiv.org/abs/2106.09685"
+ORACLE = "forward/equals-oracle"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+FORMS = ("vector", "matrix", "four", "empty", "strided", "expanded", "channels-first")
+
+
+def cases() -> SearchStrategy[Case]:
+    """Shapes, ranks above and below the width, alpha, dtypes, and inputs of every form."""
+    from hypothesis import strategies as st
+
+    sizes = st.integers(1, 24)
+    return st.builds(
+        Case,
+        specimen=st.sampled_from(("linear", "bare")),
+        shape=st.tuples(sizes, sizes),
+        dtype=st.sampled_from(DTYPES),
+        r=st.integers(1, 30),
+        alpha=st.sampled_from((0.25, 1.0, 7.0, 16.0, 64.0)),
+        way=st.sampled_from(("", *FORMS)),
+        seed=st.integers(0, 3),
+    )
+
+
+@spec(
+    "forward/input-unchanged",
+    claim="A call MUST leave its input as it was, bit for bit.",
+    why="The same tensor goes on to the next layer, over a residual connection: what is written "
+    "into it is written into the model.",
+    source=("BUGS 10", "https://github.com/huggingface/peft/pull/1372"),
+    needs=("targeting/exact-coverage",),
+    tier="smoke",
+    cases=tuple(
+        Case(specimen=name) for name in ("linear", "embedding", "conv2d", "grouped", "fused")
+    ),
+)
+def input_unchanged(trial: Trial) -> None:
+    """Judge the input after a call in each mode, without gradient."""
+    x = trial.inputs()
+    bits = x.clone()
+    model = trial.adapted()
+    for train in (False, True):
+        model.train(train)
+        trial.call(model, x)
+        trial.same_bits(x, bits, "the input after the call")
 
 
 @spec(
     "forward/equals-oracle",
     claim="The output of an adapted layer MUST equal x·(W + scaling·B·A)ᵀ + bias within rounding.",
     why="Everything else rests on it: a wrong branch trains, saves and merges the wrong thing.",
-    source=(PAPER, "BUGS 6, 8, 20, 26"),
+    source=(PAPER, "BUGS 20, 22, 64, 125", "https://github.com/unslothai/unsloth-zoo/pull/482"),
+    needs=("targeting/exact-coverage", "forward/input-unchanged"),
     tier="smoke",
     cases=(
         Case(),
@@ -25,13 +73,189 @@ PAPER = "LoRA, section 4.1, https://arxiv.org/abs/2106.09685"
         Case(dtype="bfloat16"),
         Case(dtype="float16"),
         Case(dtype="float64"),
+        Case(specimen="stack"),
+        *(Case(way=form) for form in FORMS),
     ),
+    search=cases,
 )
 def equals_oracle(trial: Trial) -> None:
-    """Judge one layer with random factors on random inputs."""
+    """Judge a layer, or layers in a row, with random factors on random inputs."""
+    base, x = trial.base(), _formed(trial.inputs(), trial.case.way)
+    model = trial.adapted()
+
+    _close(trial, base, model, x)
+
+
+@spec(
+    "forward/sees-factors-now",
+    claim="A call MUST use the factors as they are at that moment, whatever was called before.",
+    why="A product of the factors that is kept from an earlier call answers for weights that "
+    "training, loading or another model has replaced.",
+    source=("BUGS 64, 112", "https://github.com/meta-pytorch/torchtune/pull/907"),
+    needs=(ORACLE,),
+    cases=(Case(), Case(specimen="stack")),
+)
+def sees_factors_now(trial: Trial) -> None:
+    """Judge a call after the factors were written to, between calls and between modes."""
     base, x = trial.base(), trial.inputs()
     model = trial.adapted()
-    factors = trial.snapshot(model)
-    truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
+    trial.call(model, x)
+    for seed in (1, 2):
+        trial.randomize(model, seed=seed)
+        _close(trial, base, model, x)
+    model.train()
+    trial.call(model, x)
+    trial.randomize(model, seed=3)
+    trial.unmerged(model)
+    _close(trial, base, model, x)
 
-    trial.close(trial.call(model, x), truth, budget, "output")
+
+@spec(
+    "forward/scaling",
+    claim="The scaling of every adapted module MUST be alpha/r of the configuration it was injected "
+    "with.",
+    why="A scaling off by r is a learning rate off by r, and a checkpoint that others read as "
+    "another model.",
+    source=(
+        PAPER,
+        "BUGS 20, 23, 112, P-2",
+        "https://github.com/rasbt/LLMs-from-scratch/issues/821",
+        "https://github.com/huggingface/peft/pull/3315",
+    ),
+    needs=(ORACLE,),
+    cases=(Case(), Case(r=5, alpha=2.0), Case(specimen="embedding"), Case(specimen="stack")),
+)
+def scaling(trial: Trial) -> None:
+    """Judge the handles; that the function agrees with them is forward/equals-oracle's."""
+    other = trial.config(r=trial.case.r + 4, lora_alpha=trial.case.alpha * 3)
+    kept = trial.inject(config=trial.config())
+    _scaled(trial, trial.inject(config=other), other.scaling, "of a second model")
+    _scaled(trial, kept, trial.config().scaling, "")
+
+
+@spec(
+    "forward/rslora",
+    claim="Under rsLoRA the scaling MUST be alpha/√r.",
+    why="Consumers that read alpha/r instead shrink the adapter by √r, and nothing tells.",
+    source=(
+        "https://arxiv.org/abs/2312.03732",
+        "BUGS 19",
+        "https://github.com/vllm-project/vllm/issues/6909",
+    ),
+    needs=("forward/scaling",),
+    features=("rslora",),
+    cases=(Case(), Case(r=5, alpha=2.0), Case(specimen="stack")),
+)
+def rslora(trial: Trial) -> None:
+    """Judge the handles and the outputs."""
+    config = trial.config(use_rslora=True)
+    base, x = trial.base(), trial.inputs()
+    model = trial.adapted(config=config)
+
+    _scaled(trial, model, config.scaling, "under rsLoRA")
+    _close(trial, base, model, x)
+
+
+@spec(
+    "forward/phi3",
+    claim="The logits of a Phi-3 with all its projections adapted MUST equal those with W + ΔW in the "
+    "place of each weight, within the model's own rounding.",
+    why="What holds for a layer can fail in a model: fast paths pass adapters by, and scalings are "
+    "found by the class of a parent.",
+    source=(
+        "BUGS 22, 109",
+        "https://github.com/unslothai/unsloth-zoo/pull/806",
+        "https://github.com/huggingface/trl/issues/5977",
+    ),
+    needs=(ORACLE,),
+    cases=(Case(specimen="tiny"), Case(specimen="tiny-gqa")),
+    more_cases=(
+        Case(specimen="tiny", dtype="bfloat16"),
+        Case(specimen="tiny-gqa", dtype="bfloat16"),
+    ),
+)
+def phi3(trial: Trial) -> None:
+    """Judge a whole model, equal and grouped-query."""
+    base, x = trial.base(), trial.inputs()
+    model = trial.adapted()
+
+    _close(trial, base, model, x)
+
+
+@spec(
+    "forward/called-like-the-base",
+    claim="The returned model MUST take the base's arguments and give the base's kind of answer.",
+    why="Trainers pass masks and labels by name and read the loss from the answer: what a wrapper "
+    "swallows is lost in silence.",
+    source=("DESIGN: Returns the model to use, called like the base", "BUGS 57"),
+    needs=("initialization/no-op",),
+    cases=(Case(specimen="tiny"),),
+)
+def called_like_the_base(trial: Trial) -> None:
+    """Judge a fresh adapter, whose every answer is the base's, with all that a trainer passes."""
+    import torch
+
+    ids = trial.inputs()["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask.bool(), -100)}
+    base: Any = trial.base().eval()
+    model: Any = trial.inject()
+
+    with torch.no_grad():
+        for more in ({}, {"output_hidden_states": True}):
+            expected, actual = base(**given, **more), model(**given, **more)
+            if type(actual).__name__ != type(expected).__name__:
+                fail(
+                    "names",
+                    expected=f"an answer of the base's kind, {type(expected).__name__}",
+                    actual=type(actual).__name__,
+                )
+            trial.same_bits(actual.logits, expected.logits, "logits under an attention mask")
+            trial.same_bits(actual.loss, expected.loss, "the loss of the labels passed")
+            hidden = len(actual.hidden_states or ()), len(expected.hidden_states or ())
+            if hidden[0] != hidden[1]:
+                fail("count", expected=f"{hidden[1]} hidden states", actual=f"{hidden[0]}")
+        trial.same_bits(model(ids).logits, base(ids).logits, "logits of ids passed by position")
+
+
+def _close(trial: Trial, base: Any, model: Any, x: Any) -> None:
+    """The model's outputs are the truth's, by its factors now."""
+    factors = trial.snapshot(model)
+    budget = trial.budget(base, factors, x)
+    trial.close(trial.call(model, x), trial.truth(base, factors, x), budget, "output")
+
+
+def _scaled(trial: Trial, model: Any, expected: float, which: str) -> None:
+    """Every handle's scaling is the one expected, to float64's rounding."""
+    from harness import tolerance
+
+    for name, parts in trial.factors(model).items():
+        for f in parts:
+            off, allowed = abs(float(f.scaling) - expected), tolerance.setting(expected)
+            if not off <= allowed:
+                fail(
+                    "value",
+                    expected=f"scaling {expected:.6g} {which}".rstrip(),
+                    actual=f"{float(f.scaling):.6g}",
+                    measured=off,
+                    allowed=allowed,
+                    where=name,
+                )
+
+
+def _formed(x: Tensor, way: str) -> Tensor:
+    """The inputs (b=3, t=4, i) in another form: other ranks, none at all, or not contiguous."""
+    if way == "vector":
+        return x[0, 0]  # (i,)
+    if way == "matrix":
+        return x[0]  # (t, i)
+    if way == "four":
+        return x[None].expand(2, -1, -1, -1).contiguous()  # (2, b, t, i)
+    if way == "empty":
+        return x[:, :0]  # (b, 0, i)
+    if way == "strided":
+        return x.repeat_interleave(2, -1)[..., ::2]
+    if way == "expanded":
+        return x[:1, :1].expand(3, 4, -1)
+    return x.transpose(0, 2).contiguous().transpose(0, 2) if way == "channels-first" else x

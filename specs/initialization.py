@@ -1,0 +1,234 @@
+"""What a fresh adapter is: nothing yet, on a base that nobody touched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from harness.case import Case
+from harness.failure import fail
+from harness.spec import spec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from harness.trial import Trial
+
+PAPER = "LoRA, section 4.1, https://arxiv.org/abs/2106.09685"
+LAYERS = ("linear", "bare", "embedding", "conv2d", "grouped", "fused", "fused-unequal", "stack")
+DTYPES = ("bfloat16", "float16", "float64")
+
+
+@spec(
+    "initialization/base-untouched",
+    claim="The base's parameters and buffers MUST keep their bits through injection, and stay the "
+    "tensors that the model computes with.",
+    why="A base that is copied costs its memory twice, and what is held of it elsewhere is stale.",
+    source=(PAPER, "BUGS 28, 41, 45", "https://github.com/microsoft/LoRA/pull/183"),
+    needs=("targeting/exact-coverage",),
+    tier="smoke",
+    cases=(
+        *(Case(specimen=name) for name in (*LAYERS, "tied")),
+        *(Case(dtype=dtype) for dtype in DTYPES),
+    ),
+)
+def base_untouched(trial: Trial) -> None:
+    """Judge the tensors held before injection: bits, and whether the model still has them."""
+    base = trial.base()
+    held = _tensors(base)
+    bits = [t.detach().clone() for _, t in held]
+    model = trial.inject(base)
+
+    for (name, tensor), kept in zip(held, bits, strict=True):
+        trial.same_bits(tensor, kept, f"{name} of the base after injection")
+    now = {t.untyped_storage().data_ptr() for _, t in _tensors(model)}
+    gone = [name for name, t in held if t.untyped_storage().data_ptr() not in now]
+    if gone:
+        fail(
+            "state",
+            expected=f"all {len(held)} tensors of the base in the returned model",
+            actual=f"{len(gone)} are not, a copy or nothing stands in their place",
+            where=gone[0],
+        )
+
+
+@spec(
+    "initialization/no-op",
+    claim="A fresh adapter MUST leave the outputs as the base gives them, bit for bit, in eval and "
+    "in train mode.",
+    why="Training starts from the pretrained model, not from a neighbour of it.",
+    source=(
+        PAPER,
+        "BUGS 65, 121, 122",
+        "https://github.com/meta-pytorch/torchtune/pull/409",
+    ),
+    needs=("targeting/exact-coverage", "initialization/base-untouched"),
+    tier="smoke",
+    cases=(
+        *(Case(specimen=name) for name in LAYERS),
+        *(Case(dtype=dtype) for dtype in DTYPES),
+    ),
+)
+def no_op(trial: Trial) -> None:
+    """Judge the outputs before anything is written to the factors."""
+    x = trial.inputs()
+    expected = trial.call(trial.base().eval(), x)
+    model = trial.inject()
+
+    for train in (False, True):
+        model.train(train)
+        mode = "train" if train else "eval"
+        trial.same_bits(trial.call(model, x), expected, f"the base's output, in {mode} mode")
+
+
+@spec(
+    "initialization/not-both-zero",
+    claim="In a fresh adapter, of A and B at least one MUST be other than zero, and all finite.",
+    why="Where both are zero, so are both gradients, for ever: the loss is finite and nothing learns.",
+    source=(PAPER, "BUGS 101, P-3"),
+    needs=("targeting/exact-coverage",),
+    cases=tuple(Case(specimen=name) for name in LAYERS),
+)
+def not_both_zero(trial: Trial) -> None:
+    """Judge each pair of factors, and their product."""
+    model = trial.inject()
+    for name, parts in trial.snapshot(model).items():
+        for f in parts:
+            if not (f.A.isfinite().all() and f.B.isfinite().all()):
+                fail("value", expected="finite factors", actual="A or B is not", where=name)
+            if not f.A.any() and not f.B.any():
+                fail(
+                    "no-effect",
+                    expected="A or B other than zero, so that a gradient can start",
+                    actual="both are zero",
+                    where=name,
+                )
+
+
+@spec(
+    "initialization/seeded",
+    claim="One torch seed MUST give one set of factors, bit for bit.",
+    why="A run that cannot be repeated cannot be debugged; factors left as the memory they were "
+    "allocated in are another run's numbers.",
+    source=("BUGS 66", "https://github.com/Lightning-AI/lit-llama/pull/117"),
+    needs=("targeting/exact-coverage",),
+    cases=tuple(Case(specimen=name) for name in ("linear", "embedding", "conv2d", "stack")),
+)
+def seeded(trial: Trial) -> None:
+    """Judge two injections after the same seed."""
+    first, second = (trial.snapshot(trial.inject(seed=5)) for _ in range(2))
+    for name, parts in first.items():
+        for f, g in zip(parts, second[name], strict=True):
+            trial.same_bits(g.A, f.A, f"A of {name} from the same seed")
+            trial.same_bits(g.B, f.B, f"B of {name} from the same seed")
+
+
+@spec(
+    "initialization/factors-not-shared",
+    claim="Each adapted module MUST have factors of its own.",
+    why="Layers that share a factor are another, smaller model: the last one trained speaks for all.",
+    source=("BUGS P-4",),
+    needs=("targeting/exact-coverage",),
+    cases=(Case(specimen="stack"),),
+)
+def factors_not_shared(trial: Trial) -> None:
+    """Judge the elements of storage under the handles of each pair of modules."""
+    from harness import storage
+
+    factors = trial.factors(trial.inject())
+    taken: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, parts in factors.items():
+        for address, mask in storage.elements(storage.handles({name: parts})).items():
+            for other, theirs in taken.setdefault(address, []):
+                if (mask & theirs).any():
+                    fail(
+                        "state",
+                        expected="no element of storage in the factors of two modules",
+                        actual=f"{int((mask & theirs).sum())} are also in those of {other}",
+                        where=name,
+                    )
+            taken[address].append((name, mask))
+
+
+@spec(
+    "initialization/distribution",
+    claim="A fresh A SHOULD be uniform on (-1/√in, 1/√in): Kaiming-uniform with a = √5, as loralib "
+    "and PEFT have it.",
+    why="Learning rates are published for that start; another scale of A is another learning rate.",
+    source=(
+        "https://github.com/microsoft/LoRA/blob/main/loralib/layers.py",
+        "https://huggingface.co/docs/peft/developer_guides/lora",
+    ),
+    needs=("initialization/not-both-zero",),
+    cases=(Case(shape=(256, 16), r=64), Case(specimen="bare", shape=(16, 16), r=64)),
+)
+def distribution(trial: Trial) -> None:
+    """Judge the range, and the first two moments within what chance allows."""
+    from harness import tolerance
+
+    (parts,) = trial.snapshot(trial.inject()).values()
+    A = parts[0].A
+    u = A * A.shape[1] ** 0.5  # uniform on (-1, 1)
+    if float(u.abs().max()) > 1:
+        fail(
+            "value",
+            expected="|A| ≤ 1/√in",
+            actual=f"{float(u.abs().max()):.4g}/√in",
+            measured=float(u.abs().max()),
+            allowed=1.0,
+        )
+    for what, found, expected, width in (
+        ("the mean of A·√in", u.mean(), 0.0, 2.0),
+        ("the mean of A²·in", (u**2).mean(), 1 / 3, 1.0),
+    ):
+        off, allowed = abs(float(found) - expected), tolerance.chance(u.numel(), width)
+        trial.margins.append(tolerance.Margin(off / allowed, off, allowed))
+        if off > allowed:
+            fail(
+                "value",
+                expected=f"{what} near {expected:.4g}",
+                actual=f"{float(found):.4g}",
+                measured=off,
+                allowed=allowed,
+            )
+
+
+@spec(
+    "initialization/global-rng-left-alone",
+    claim="Injection SHOULD leave the global random state of torch, numpy and Python as it was.",
+    why="Otherwise adding an adapter changes the order of the data and every comparison with a run "
+    "without one.",
+    source=("BUGS P-15",),
+    needs=("targeting/exact-coverage",),
+    cases=(Case(), Case(specimen="stack")),
+)
+def global_rng_left_alone(trial: Trial) -> None:
+    """Judge the states before and after."""
+    import random
+
+    import numpy as np
+    import torch
+
+    base, config = trial.base(), trial.config()
+    torch.manual_seed(11)
+    before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002
+    trial.adapter.inject(base, config)
+    after = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002
+    moved = [
+        name
+        for name, same in (
+            ("torch", torch.equal(before[0], after[0])),
+            ("numpy", before[1] == after[1]),
+            ("Python", before[2] == after[2]),
+        )
+        if not same
+    ]
+    if moved:
+        fail(
+            "state",
+            expected="the random states as they were",
+            actual=f"numbers were drawn from {', '.join(moved)}'s",
+        )
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]

@@ -1,0 +1,298 @@
+"""Which modules are adapted."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from harness.case import Case
+from harness.failure import Broken, fail
+from harness.spec import spec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+    from harness.adapter import LoraConfig
+    from harness.trial import Trial
+
+STACK_ALL = tuple(
+    f"layers.{k}.{name}"
+    for k in range(12)
+    for name in ("v_proj", "qkv_proj", "foo", "foobar", "weight_proj", "lora_gate")
+) + ("groups.0.0", "groups.1.0")
+
+ASKED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "": (
+        ("v_proj", "foo"),
+        tuple(f"layers.{k}.{name}" for k in range(12) for name in ("v_proj", "foo")),
+    ),
+    "paths": (("layers.1.v_proj", "groups.1.0"), ("layers.1.v_proj", "groups.1.0")),
+    "tails": (("1.foo", "0.0"), ("layers.1.foo", "groups.0.0")),
+    "traps": (
+        ("foobar", "weight_proj"),
+        tuple(f"layers.{k}.{name}" for k in range(12) for name in ("foobar", "weight_proj")),
+    ),
+}
+"""For each way, the names asked for in the stack, and the modules they mean."""
+
+
+@spec(
+    "targeting/exact-coverage",
+    claim="Exactly the modules whose dotted name is, or ends in a dot and, a name asked for MUST be "
+    "adapted, in every layer.",
+    why="A model adapted elsewhere, or in fewer layers than asked, trains without an error and "
+    "learns less than it should.",
+    source=(
+        "BUGS 76, 80, 86",
+        "https://github.com/huggingface/peft/issues/2027",
+        "DESIGN: A name means every module whose dotted name equals it or ends in a dot and it",
+    ),
+    tier="smoke",
+    cases=(Case(), *(Case(specimen="stack", way=way) for way in ASKED)),
+)
+def exact_coverage(trial: Trial) -> None:
+    """Judge the names under which factors are reported."""
+    names, meant = (("proj",), ("proj",))
+    if trial.case.specimen == "stack":
+        names, meant = ASKED[trial.case.way]
+    model = trial.inject(config=trial.config(target_modules=names))
+
+    _same_names(trial.factors(model), meant, f"target_modules {names}")
+
+
+@spec(
+    "targeting/unmatched-name-is-loud",
+    claim="A target name that matches no module MUST raise or warn, also where others match.",
+    why="Two of the documented Phi-3 samples name projections that Phi-3 does not have: they adapt "
+    "a fraction of what they say, and nothing tells.",
+    source=("BUGS 77, 86, 123", "https://github.com/huggingface/peft/issues/3658"),
+    needs=("targeting/exact-coverage",),
+    cases=(
+        Case(specimen="stack", way="none-matches"),
+        Case(specimen="stack", way="one-of-two"),
+        Case(specimen="stack", way="end-of-a-name"),
+        Case(specimen="tiny", way="llama-names"),
+    ),
+)
+def unmatched_name_is_loud(trial: Trial) -> None:
+    """Judge what is heard when a name means nothing."""
+    names = {
+        "none-matches": ("absent_proj",),
+        "one-of-two": ("foo", "absent_proj"),
+        "end-of-a-name": ("foo", "bar"),
+        "llama-names": (
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ),
+    }[trial.case.way]
+    base, config = trial.base(), trial.config(target_modules=names)
+
+    trial.loud(
+        lambda: trial.adapter.inject(base, config),
+        expected=f"an error or a warning, as not all of {', '.join(names)} are in the model",
+    )
+
+
+@spec(
+    "targeting/all-linear-leaves-the-head",
+    claim='"all-linear" MUST adapt every nn.Linear, subclasses too, but the output head.',
+    why="An adapted head changes what the count, the memory and the checkpoint are said to be; a "
+    "layer left out learns nothing.",
+    source=(
+        "BUGS 80",
+        "https://github.com/huggingface/peft/issues/2027",
+        "https://github.com/huggingface/peft/pull/2267",
+    ),
+    needs=("targeting/exact-coverage",),
+    cases=(
+        Case(specimen="stack"),
+        Case(specimen="stack", way="subclass"),
+        Case(specimen="tied"),
+        Case(specimen="tiny"),
+    ),
+)
+def all_linear_leaves_the_head(trial: Trial) -> None:
+    """Judge the modules adapted under "all-linear", the head being a method's answer or a name."""
+    base = trial.base()
+    if trial.case.way == "subclass":
+        _make_subclass(base)
+    meant = {
+        "stack": STACK_ALL,
+        "tied": ("mix", "back"),
+        "tiny": tuple(
+            f"model.layers.{k}.{name}"
+            for k in range(12)
+            for name in (
+                "self_attn.qkv_proj",
+                "self_attn.o_proj",
+                "mlp.gate_up_proj",
+                "mlp.down_proj",
+            )
+        ),
+    }.get(trial.case.specimen) or tuple(_linears_but_the_head(base))
+    model = trial.inject(base, trial.config(target_modules="all-linear", enable_lora=None))
+
+    _same_names(trial.factors(model), meant, '"all-linear"')
+
+
+@spec(
+    "targeting/second-injection-is-loud-or-equal",
+    claim="Injecting into a model that is adapted already MUST raise, warn, or give what one "
+    "injection with the new settings gives.",
+    why="A resumed run that wraps twice trains a fresh adapter, keeps an old one, or adapts the "
+    "adapter itself.",
+    source=(
+        "BUGS 57, 71, 79",
+        "https://github.com/huggingface/peft/issues/2295",
+        "https://github.com/huggingface/peft/pull/2391",
+    ),
+    needs=("targeting/exact-coverage", "trainable/only-lora", "forward/equals-oracle"),
+    cases=(Case(), Case(specimen="tied", way="all-linear")),
+)
+def second_injection_is_loud_or_equal(trial: Trial) -> None:
+    """Judge a second injection at another rank: heard, or as good as the first would have been."""
+    from harness import storage
+
+    names = "all-linear" if trial.case.way else "proj"
+    meant = ("mix", "back") if trial.case.way else ("proj",)
+    first = trial.config(target_modules=names if trial.case.way else (names,), enable_lora=None)
+    second = _at_rank(first, first.r + 2)
+    model = trial.inject(config=first)
+    made: list[nn.Module] = []
+    try:
+        trial.loud(lambda: made.append(trial.adapter.inject(model, second)), expected="noise")
+    except Broken:
+        model = made[0]
+    else:
+        return
+
+    trial.unmerged(model)
+    trial.randomize(model)
+    found = trial.factors(model)
+    _same_names(found, meant, "the second injection")
+    ranks = {f.A.shape[0] for parts in found.values() for f in parts}
+    if ranks != {second.r}:
+        fail(
+            "count",
+            expected=f"factors of rank {second.r}, as the second injection asks, or an error",
+            actual=f"rank {sorted(ranks)}, in silence",
+        )
+    trains = storage.elements(p for p in model.parameters() if p.requires_grad)
+    factors = storage.count(storage.elements(storage.handles(found)))
+    if storage.count(trains) != factors:
+        fail(
+            "count",
+            expected=f"{factors} elements train: those of the second adapter",
+            actual=f"{storage.count(trains)} do, in silence",
+        )
+    base, x, values = trial.base(), trial.inputs(), trial.snapshot(model)
+    budget = trial.budget(base, values, x)
+    trial.close(trial.call(model, x), trial.truth(base, values, x), budget, "output")
+
+
+@spec(
+    "targeting/arguments-unchanged",
+    claim="Injecting and loading MUST leave the configuration and the checkpoint given to them as "
+    "they were.",
+    why="A configuration is used for more than one model, and a checkpoint for more than one load.",
+    source=("BUGS 36", "https://github.com/huggingface/peft/issues/654"),
+    needs=("targeting/exact-coverage",),
+    cases=(Case(), Case(specimen="fused"), Case(specimen="stack")),
+)
+def arguments_unchanged(trial: Trial) -> None:
+    """Judge the arguments after the calls."""
+    given = trial.config()
+    kept = copy.deepcopy(given)
+    model = trial.inject(config=given)
+    if given != kept:
+        fail("state", expected=f"the configuration as it was, {kept}", actual=f"{given}")
+
+    state = {key: t.detach().clone() for key, t in trial.adapter.state_dict(model).items()}
+    passed = dict(state)
+    bits = {key: t.clone() for key, t in state.items()}
+    trial.adapter.load_state_dict(model, passed)
+    if passed.keys() != bits.keys() or any(passed[key] is not state[key] for key in bits):
+        fail(
+            "state",
+            expected=f"a checkpoint of {len(bits)} keys as it was given",
+            actual=f"{len(passed)} keys after the load",
+            where=next(iter(sorted(passed.keys() ^ bits.keys())), ""),
+        )
+    for key, tensor in bits.items():
+        trial.same_bits(passed[key], tensor, f"the checkpoint's {key}")
+
+
+@spec(
+    "targeting/shared-module",
+    claim="A module reached under two names MUST be adapted as one, wherever it is used, and be known "
+    "by its first name.",
+    why="Where only one of its uses is adapted, training and merging are of different models.",
+    source=("DESIGN: A module reached under two names is one module, known by the first",),
+    needs=("targeting/exact-coverage", "forward/equals-oracle"),
+    cases=(Case(specimen="shared", way="first"), Case(specimen="shared", way="second")),
+)
+def shared_module(trial: Trial) -> None:
+    """Judge the names and the outputs of a model that uses one layer twice."""
+    base, x = trial.base(), trial.inputs()
+    model = trial.adapted(config=trial.config(target_modules=(trial.case.way,)))
+
+    _same_names(trial.factors(model), ("first",), f"target_modules ({trial.case.way!r},)")
+    factors = trial.snapshot(model)
+    budget = trial.budget(base, factors, x)
+    trial.close(trial.call(model, x), trial.truth(base, factors, x), budget, "output")
+
+
+def _same_names(found: Iterable[str], meant: Iterable[str], asked: str) -> None:
+    """The modules adapted are those meant, or `Broken`."""
+    extra, missing = sorted(set(found) - set(meant)), sorted(set(meant) - set(found))
+    if not extra and not missing:
+        return
+    told = [
+        f"{len(names)} {word}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        for names, word in ((missing, "not adapted"), (extra, "adapted too"))
+        if names
+    ]
+    fail(
+        "names",
+        expected=f"{asked} adapts exactly {len(set(meant))} modules",
+        actual="; ".join(told),
+        where=(missing + extra)[0],
+    )
+
+
+def _linears_but_the_head(base: nn.Module) -> list[str]:
+    """By DESIGN's sentence, for a model that is not known here."""
+    from torch import nn
+
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    return [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+
+
+def _make_subclass(base: nn.Module) -> None:
+    """Make one layer of the stack a subclass of nn.Linear that computes the same."""
+    from torch import nn
+
+    class Projection(nn.Linear):
+        """An nn.Linear by another name."""
+
+    old = base.get_submodule("layers.3.foo")
+    new = Projection(old.in_features, old.out_features)  # type: ignore[arg-type]  # an nn.Linear's
+    new.load_state_dict(old.state_dict())
+    base.get_submodule("layers.3").foo = new
+
+
+def _at_rank(config: LoraConfig, r: int) -> LoraConfig:
+    from dataclasses import replace
+
+    return replace(config, r=r)
