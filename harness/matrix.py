@@ -1,0 +1,176 @@
+"""The same run under other library versions.
+
+    lora-harness matrix --leg peft==0.8.1 --leg peft==0.8.2 -- check peft
+
+Each leg is a virtual environment laid over this one: it sees every package installed here and installs
+only what the leg names, with what that needs. So a leg costs seconds and megabytes, and differs from
+this environment in nothing else. Environments are kept and used again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import site
+import subprocess
+import sys
+import tempfile
+import venv
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.console import table
+from harness.errors import UsageError
+from harness.telling import MARKS
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+RUNS = ("check", "bench", "finetune", "plan")
+"""The commands that write a report and can be run in a leg."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leg:
+    """One run under one set of versions.
+
+    Attributes:
+        requirements: what pip was given, such as `peft==0.8.1`; empty is this environment itself.
+        exit_code: of the command; 2 where the environment could not be made.
+        report: what it wrote; empty where it wrote nothing.
+        said: the last line on its standard error.
+    """
+
+    requirements: tuple[str, ...]
+    exit_code: int
+    report: dict[str, Any] = field(default_factory=dict)
+    said: str = ""
+
+    @property
+    def name(self) -> str:
+        """The leg as a column's head."""
+        return " ".join(self.requirements) or "here"
+
+
+def command(args: argparse.Namespace) -> int:
+    """`lora-harness matrix`: run in each leg, show what differs, return the worst exit code."""
+    run = list(args.run)
+    if run[:1] == ["--"]:
+        run = run[1:]
+    if not run or run[0] not in RUNS:
+        raise UsageError(
+            f"matrix: after -- comes the command to run in each leg, one of {', '.join(RUNS)}"
+        )
+    wanted = [tuple(shlex.split(leg.replace(",", " "))) for leg in args.leg]
+    if len(wanted) < 2:
+        raise UsageError("matrix: give at least two legs, such as --leg here --leg peft==0.8.2")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = args.environments or cache / "lora-harness" / "legs"
+    legs = []
+    for requirements in wanted:
+        leg = run_leg(() if requirements == ("here",) else requirements, run, folder)
+        print(
+            f"{leg.name}: {leg.report.get('verdict') or leg.said or f'exit {leg.exit_code}'}",
+            flush=True,
+        )
+        legs.append(leg)
+    rows = differences(legs)
+    if rows:
+        print(f"\n{table(rows, ['differs', *(leg.name for leg in legs)])}")
+    elif all(leg.report for leg in legs):
+        print("\nno spec differs between the legs")
+    if args.json:
+        from harness.report.schema import Recorder
+
+        with Recorder(args.json, kind="matrix", run=run) as report:
+            report.set(
+                "legs",
+                [
+                    {
+                        "requirements": leg.requirements,
+                        "exit_code": leg.exit_code,
+                        "report": leg.report,
+                    }
+                    for leg in legs
+                ],
+            )
+    return max((leg.exit_code for leg in legs), key=[0, 3, 1, 2].index)
+
+
+def run_leg(requirements: Sequence[str], run: Sequence[str], folder: Path) -> Leg:
+    """Run one command under one set of versions."""
+    try:
+        python = environment(requirements, folder)
+    except UsageError as error:
+        return Leg(requirements=tuple(requirements), exit_code=2, said=str(error))
+    with tempfile.TemporaryDirectory(prefix="lora-harness-") as scratch:
+        path = Path(scratch) / "report.json"
+        done = subprocess.run(
+            [python, "-m", "harness.cli", *run, "--json", str(path)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    said = (done.stderr.strip().splitlines() or [""])[-1]
+    return Leg(
+        requirements=tuple(requirements),
+        exit_code=_known_code(done.returncode),
+        report=report,
+        said=said,
+    )
+
+
+def environment(requirements: Sequence[str], folder: Path) -> Path:
+    """The interpreter of the environment of these requirements, made if it is not there yet.
+
+    Raises UsageError where pip cannot install them, with pip's last words.
+    """
+    if not requirements:
+        return Path(sys.executable)
+    key = hashlib.sha256("\n".join([sys.prefix, sys.version, *sorted(requirements)]).encode())
+    home = folder / key.hexdigest()[:16]
+    python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
+    if (home / "complete").is_file():
+        return python
+    venv.create(home, with_pip=True, clear=True)
+    asked = [python, "-c", "import site; print(site.getsitepackages()[0])"]
+    packages = Path(
+        subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    )
+    # `addsitedir` appends: what the leg installs comes before what is installed here.
+    below = "; ".join(f"site.addsitedir({path!r})" for path in site.getsitepackages())
+    (packages / "underneath.pth").write_text(f"import site; {below}\n", encoding="utf-8")
+    done = subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        told = said[0].removeprefix("ERROR: ") if said else f"pip exited with {done.returncode}"
+        raise UsageError(f"{' '.join(requirements)}: cannot be installed: {told}")
+    (home / "complete").touch()
+    return python
+
+
+def differences(legs: Sequence[Leg]) -> list[tuple[str, ...]]:
+    """The specs whose outcome is not the same in every leg, a mark a leg."""
+    outcomes = [{r["spec"]: r["outcome"] for r in leg.report.get("results", [])} for leg in legs]
+    ids = dict.fromkeys(id_ for outcome in outcomes for id_ in outcome)
+    return [
+        (id_, *(f"{MARKS[o[id_]]} {o[id_]}" if id_ in o else "–" for o in outcomes))
+        for id_ in ids
+        if len({o.get(id_) for o in outcomes}) > 1
+    ]
+
+
+def _known_code(code: int) -> int:
+    """The exit code, a death by signal told as wrong."""
+    return code if code in {0, 1, 2, 3} else 1

@@ -1,0 +1,125 @@
+"""Adapters that go wrong in ways no specification foresees, for the tests of the judge itself."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+
+from harness import Factors
+from harness.adapters import reference
+
+
+def correct():
+    """The reference, under a stranger's name."""
+    return reference.adapter()
+
+
+class Wrapped:
+    """The reference with some of its members replaced."""
+
+    name, version = "stranger", "1"
+
+    def __init__(self, **members):
+        self._reference = reference.adapter()
+        self._members = members
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        member = self._members.get(name)
+        if member is not None:
+            return lambda *args, **kwargs: member(self._reference, *args, **kwargs)
+        return getattr(self._reference, name)
+
+
+def inject_raises():
+    def inject(_, model, config):
+        raise RuntimeError("this build has no kernels")
+
+    return Wrapped(inject=inject)
+
+
+def does_nothing():
+    """Injects nothing, has factors of its own that nobody uses."""
+
+    def inject(_, model, config):
+        model.requires_grad_(False)
+        model.idle = {
+            name: Factors(
+                torch.randn(config.r, m.in_features),
+                torch.zeros(m.out_features, config.r),
+                config.scaling,
+            )
+            for name, m in config.targets(model).items()
+            if isinstance(m, torch.nn.Linear)
+        }
+        return model
+
+    def factors(_, model):
+        return {name: [f] for name, f in model.idle.items()}
+
+    return Wrapped(
+        inject=inject,
+        factors=factors,
+        state_dict=lambda _, model: {},
+        load_state_dict=lambda _, model, state: None,
+        merge=lambda _, model: None,
+        unmerge=lambda _, model: None,
+    )
+
+
+def hangs_on_merge():
+    return Wrapped(merge=lambda _, model: time.sleep(600))
+
+
+def dies_on_merge():
+    return Wrapped(merge=lambda _, model: os._exit(9))
+
+
+def dead_copies():
+    def factors(ref, model):
+        return {
+            name: [Factors(f.A.clone(), f.B.clone(), f.scaling, f.rows, f.bias) for f in parts]
+            for name, parts in ref.factors(model).items()
+        }
+
+    return Wrapped(factors=factors)
+
+
+def wrong_shapes():
+    def factors(ref, model):
+        return {
+            name: [Factors(f.A.T, f.B.T, f.scaling, f.rows, f.bias) for f in parts]
+            for name, parts in ref.factors(model).items()
+        }
+
+    return Wrapped(factors=factors)
+
+
+def incomplete_factors():
+    def factors(ref, model):
+        found = ref.factors(model)
+        return dict(list(found.items())[: max(1, len(found) // 2)])
+
+    return Wrapped(factors=factors)
+
+
+def prints_a_lot():
+    def inject(ref, model, config):
+        print("progress: 100 %\n" * 50)
+        return ref.inject(model, config)
+
+    return Wrapped(inject=inject)
+
+
+def raises_when_made():
+    raise OSError("no licence file")
+
+
+def not_an_adapter():
+    return object()
+
+
+ready_made = 3

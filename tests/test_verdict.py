@@ -1,0 +1,214 @@
+"""The judge comes to the right verdict on implementations that go wrong in every way."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from harness import UsageError, check
+from harness.case import Case
+from harness.spec import catalogue
+from harness.telling import tell
+
+
+def outcomes(verdict):
+    return {result.spec: result.outcome for result in verdict.results}
+
+
+@pytest.fixture(autouse=True)
+def _strangers(monkeypatch, request):
+    monkeypatch.syspath_prepend(str(request.path.parent))
+
+
+def stranger(name):
+    import strangers
+
+    return getattr(strangers, name)()
+
+
+def test_a_correct_implementation_conforms():
+    """A correct adapter conforms, and the verdict counts what it rests on."""
+    verdict = check(stranger("correct"), only=["forward/equals-oracle", "merge/same-output"])
+
+    assert verdict.verdict == "CONFORMS"
+    assert verdict.ran == verdict.required == 2
+    assert verdict.exit_code == 0
+
+
+def test_inject_that_raises_is_one_failure_and_the_rest_blocked():
+    """One cause, one line: what depends on a broken inject is blocked, not red."""
+    verdict = check(stranger("inject_raises"))
+    failed = [r for r in verdict.results if r.outcome == "failed"]
+
+    assert len(failed) == 1
+    assert failed[0].failures[0].kind == "raised"
+    assert "RuntimeError: this build has no kernels" in failed[0].failures[0].actual
+    assert "strangers.py" in failed[0].failures[0].where
+    assert set(outcomes(verdict).values()) == {"failed", "blocked"}
+    assert verdict.exit_code == 1
+
+
+def test_an_adapter_that_does_nothing_never_conforms():
+    """Doing nothing at all is told apart from doing nothing wrong."""
+    verdict = check(stranger("does_nothing"))
+
+    assert verdict.verdict == "DOES NOT CONFORM"
+
+
+def test_a_method_that_hangs_fails_its_spec_and_the_rest_goes_on():
+    """A hang costs its limit, once, and is told as a hang."""
+    verdict = check(
+        stranger("hangs_on_merge"), only=["forward/equals-oracle", "merge/same-output"], limit=3
+    )
+    merge = next(r for r in verdict.results if r.spec == "merge/same-output")
+
+    assert outcomes(verdict)["forward/equals-oracle"] == "passed"
+    assert merge.failures[0].kind == "hang"
+    assert merge.failures[0].actual == "no answer within 3 s"
+
+
+def test_a_method_that_kills_the_process_fails_its_spec_and_the_verdict_is_written():
+    """A crash takes down the worker, not the judge."""
+    verdict = check(stranger("dies_on_merge"), only=["merge/same-output", "forward/output-dtype"])
+    merge = next(r for r in verdict.results if r.spec == "merge/same-output")
+
+    assert merge.failures[0].kind == "crash"
+    assert merge.failures[0].actual == "the process exited with 9"
+    assert outcomes(verdict)["forward/output-dtype"] == "passed"
+
+
+@pytest.mark.parametrize("name", ["dead_copies", "wrong_shapes", "incomplete_factors"])
+def test_factors_that_are_not_the_live_ones_fail(name):
+    """Factors that are incomplete, dead copies or of the wrong shape do not conform."""
+    verdict = check(stranger(name), only=["targeting", "forward"])
+
+    assert verdict.verdict == "DOES NOT CONFORM"
+
+
+def test_what_an_implementation_prints_does_not_reach_the_verdict():
+    """Output of the implementation's own disturbs nothing."""
+    verdict = check(stranger("prints_a_lot"), only=["forward/equals-oracle"])
+
+    assert verdict.verdict == "CONFORMS"
+
+
+def test_a_verdict_that_judged_nothing_is_not_green():
+    """A run that judged nothing is INCOMPLETE."""
+    verdict = check("peft", only=["forward/fused-parts"])
+
+    assert verdict.verdict == "INCOMPLETE"
+    assert verdict.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("adapter", "line"),
+    [
+        ("nowhere:adapter", "nowhere"),
+        ("strangers:absent", "absent"),
+        ("strangers:ready_made", "ready_made"),
+        ("strangers:raises_when_made", "OSError: no licence file"),
+        ("strangers:not_an_adapter", "inject"),
+        ("nobody", "nobody"),
+    ],
+)
+def test_a_factory_that_gives_no_adapter_is_one_line_and_exit_2(adapter, line, request):
+    """A factory that is absent, not callable, raises, or makes something else is said in one line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.cli", "check", adapter, "--only", "forward/equals-oracle"],
+        capture_output=True,
+        text=True,
+        cwd=request.path.parent,
+        check=False,
+    )
+
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert line in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_name_that_matches_no_spec_is_a_usage_error():
+    """`--only` says what was meant."""
+    with pytest.raises(UsageError, match="did you mean merge/same-output"):
+        check("reference", only=["merge/same-outputs"])
+
+
+def test_a_known_failure_is_named_and_never_conformance(tmp_path):
+    """What is known to fail does not turn the run red, and the verdict says so."""
+    known = tmp_path / "known.toml"
+    entry = '[[known]]\nspec = "merge/same-output"\nkind = "{}"\nreason = "it sleeps"\nurl = "https://example.org/1"\nexpires = {}\n'
+    known.write_text(entry.format("crash", "2999-01-01"))
+    asked = {"only": ["merge/same-output"], "known": known}
+
+    assert check(stranger("dies_on_merge"), **asked).verdict == "CONFORMS BUT FOR KNOWN FAILURES"
+    assert check(stranger("correct"), **asked).verdict == "DOES NOT CONFORM"
+    known.write_text(entry.format("crash", "2020-01-01"))
+    assert check(stranger("dies_on_merge"), **asked).verdict == "DOES NOT CONFORM"
+    known.write_text(entry.format("hang", "2999-01-01"))
+    assert check(stranger("dies_on_merge"), **asked).verdict == "DOES NOT CONFORM"
+
+
+def test_the_known_list_says_what_is_no_longer_true(tmp_path):
+    """An entry that no longer fails is told in words that lead to it."""
+    known = tmp_path / "known.toml"
+    known.write_text(
+        '[[known]]\nspec = "forward/equals-oracle"\nkind = "value"\nreason = "off by one"\n'
+        'url = "https://example.org/1"\nexpires = 2999-01-01\n'
+    )
+    verdict = check(stranger("correct"), only=["forward/equals-oracle"], known=known)
+
+    assert "no longer fails: remove it" in tell(verdict)
+
+
+def test_the_verdict_as_json_holds_what_the_contract_says():
+    """The JSON of a verdict has at least the published members."""
+    verdict = check(stranger("dead_copies"), only=["forward/equals-oracle"])
+    found = json.loads(json.dumps(verdict.as_dict()))
+
+    assert {
+        "schema_version",
+        "adapter",
+        "environment",
+        "verdict",
+        "required",
+        "ran",
+        "results",
+    } <= set(found)
+    assert {"spec", "level", "outcome", "cases", "failures"} <= set(found["results"][0])
+    failed = next(r for r in found["results"] if r["failures"])
+    assert {"case", "expected", "actual", "measured", "allowed", "looks_like", "reproduce"} <= set(
+        failed["failures"][0]
+    )
+
+
+def test_a_case_survives_its_text_form():
+    """Every case of the catalogue is read back from what is printed of it."""
+    cases = [case for spec in catalogue().values() for case in (*spec.cases, *spec.more_cases)]
+
+    assert [Case.parse(str(case)) for case in cases] == cases
+
+
+@pytest.mark.slow
+def test_the_reproduce_line_fails_the_same_spec():
+    """What a failure prints as its command fails the same id, for one fault of each family."""
+    from harness.faults.record import faults
+
+    for family in {spec.family for spec in catalogue().values()}:
+        fault = next(f for f in faults().values() if f.killed_by.startswith(family + "/"))
+        name = f"{fault.make.__module__}:{fault.name}"
+        verdict = check(name, only=[fault.killed_by])
+        failed = next(r for r in verdict.failed if r.spec == fault.killed_by)
+        command = shlex.split(failed.failures[0].reproduce)
+        done = subprocess.run(
+            [sys.executable, "-m", "harness.cli", *command[1:]],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+        assert f"{fault.killed_by}\n" in done.stdout, fault.name
+        assert "✗" in done.stdout or "!" in done.stdout
