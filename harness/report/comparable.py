@@ -54,7 +54,7 @@ class Key:
 
 def keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Key, ...]:
     """Every circumstance that either report tells, in the order of their weight."""
-    left, right = dict(_facts(old)), dict(_facts(new))
+    left, right = dict(facts(old)), dict(facts(new))
     names = [*left, *(name for name in right if name not in left)]
     return tuple(
         Key(
@@ -94,7 +94,8 @@ _RULES_OUT: dict[str, tuple[str, ...]] = {
 }
 
 
-def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """A report's circumstances, each in words."""
     adapter = report.get("adapter") or {}
     environment = report.get("environment") or {}
     machine = environment.get("machine") or {}
@@ -104,6 +105,7 @@ def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "adapter", _word(adapter.get("name"))
     yield "adapter version", _word(adapter.get("version"))
     yield "spec version", _word(report.get("spec_version"))
+    yield "tier", _word(report.get("tier"))
     yield "seed", _word(report.get("seed"))
     yield "os", _word(machine.get("os"))
     yield "architecture", _word(machine.get("architecture"))

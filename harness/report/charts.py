@@ -1,0 +1,330 @@
+"""What a page draws: plain records that the page's script hands to Chart.js, each with its table.
+
+training curves          a line a run, over steps
+throughput, memory       a line an implementation, over rank; a chart a dtype; the budget dashed
+memory by kind           stacked bars over rank; a chart an implementation
+paired times             an interval a row, against 1
+outcomes of specs        stacked bars over the runs of a history
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness.report.rows import place
+from harness.report.words import (
+    OUTCOMES,
+    compact,
+    named,
+    number_of,
+    outcome,
+    plain,
+    quantity,
+    seconds,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from harness.report.compare import Comparison
+    from harness.report.trend import Trend
+
+    Cell = str
+    RankRow = tuple[float, float, Mapping[str, Any]]
+
+MOST = 24
+"""Charts of one kind on a page; every value is in the tables all the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """A line or a layer of bars: a name, and a value at each of the chart's `x`, None for none."""
+
+    name: str
+    y: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """One chart and the table of its values.
+
+    Attributes:
+        kind: how it is drawn; `interval` takes the series low, high and ratio.
+        title: what it shows.
+        note: under which conditions.
+        x: the places along it.
+        x_label: what they are.
+        y_label: what is drawn, with its unit.
+        series: the data, in the unit of `y_label`.
+        limit: a line across, and what it is called.
+        top: the end of the y axis, where charts must be comparable.
+        headers: of the table.
+        rows: of the table.
+    """
+
+    kind: Literal["line", "bar", "interval"]
+    title: str
+    note: str
+    x: tuple[str | float, ...]
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    limit: tuple[str, float] | None = None
+    top: float | None = None
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def drawn(self) -> dict[str, Any]:
+        """What the script needs; the table is in the page already."""
+        told = asdict(self)
+        del told["headers"], told["rows"], told["note"]
+        return told
+
+
+def training(reports: Iterable[Mapping[str, Any]]) -> Iterator[Chart]:
+    """Loss, evaluation loss and learning rate over steps, each report a line."""
+    curves: dict[str, dict[str, list[list[Any]]]] = defaultdict(dict)
+    for report in reports:
+        for name, points in (report.get("training") or {}).items():
+            if name in {"loss", "eval_loss", "learning_rate"} and points:
+                group = "learning rate" if name == "learning_rate" else "loss"
+                label = f"{named(report)}{', held out' if name == 'eval_loss' else ''}"
+                curves[group][label] = points
+    for group, lines in curves.items():
+        steps = sorted(
+            {
+                step
+                for points in lines.values()
+                for point in points
+                if (step := _finite(point[0])) is not None
+            }
+        )
+        table = {
+            name: {number_of(step): value for step, value in points}
+            for name, points in lines.items()
+        }
+        yield Chart(
+            kind="line",
+            title=group.capitalize(),
+            note="",
+            x=tuple(steps),
+            x_label="step",
+            y_label=group,
+            series=tuple(
+                Series(name=name, y=tuple(_finite(found.get(step)) for step in steps))
+                for name, found in table.items()
+            ),
+            headers=("step", *table),
+            rows=tuple(
+                (f"{step:g}", *(quantity(found.get(step)) for found in table.values()))
+                for step in steps
+            ),
+        )
+
+
+def against_rank(reports: Iterable[Mapping[str, Any]]) -> list[Chart]:
+    """Every timing and every total of memory that was measured at two ranks or more."""
+    groups: dict[tuple[str, ...], dict[str, list[RankRow]]] = defaultdict(lambda: defaultdict(list))
+    budget: float | None = None
+    for report in reports:
+        budget = _finite(report.get("budget")) or budget
+        for section in ("timings", "memory"):
+            for row in report[section]:
+                rank = _finite((row.get("conditions") or {}).get("r"))
+                value = seconds(row) if section == "timings" else _finite(row["value"])
+                if row.get("kind") or rank is None or value is None or not math.isfinite(value):
+                    continue
+                key = (
+                    section,
+                    plain(row["metric"], limit=60),
+                    plain(row.get("unit") or "", limit=24),
+                    plain(row.get("phase") or "", limit=60),
+                    _rest(row),
+                )
+                groups[key][plain(row["subject"], limit=60)].append((rank, value, row))
+    charts = []
+    for (section, metric, unit, phase, rest), lines in groups.items():
+        ranks = sorted({rank for rows in lines.values() for rank, _, _ in rows})
+        if len(ranks) < 2:
+            continue
+        scale, shown = scaled([value for rows in lines.values() for _, value, _ in rows], unit)
+        found = {name: {rank: value for rank, value, _ in rows} for name, rows in lines.items()}
+        is_bytes = section == "memory" and unit in {"B", "bytes"}
+        charts.append(
+            Chart(
+                kind="line",
+                title=f"{phase} {metric}".strip().replace("_", " "),
+                note=rest,
+                x=tuple(ranks),
+                x_label="rank r",
+                y_label=shown or metric,
+                series=tuple(
+                    Series(
+                        name=name,
+                        y=tuple(values[rank] / scale if rank in values else None for rank in ranks),
+                    )
+                    for name, values in found.items()
+                ),
+                limit=(f"budget {quantity(budget, 'B')}", budget / scale)
+                if is_bytes and budget
+                else None,
+                headers=("rank", *found),
+                rows=tuple(
+                    (f"{rank:g}", *(quantity(values.get(rank), unit) for values in found.values()))
+                    for rank in ranks
+                ),
+            )
+        )
+    # A reader looks for one metric at a time.
+    return sorted(charts, key=lambda chart: (chart.title, chart.note))[:MOST]
+
+
+def memory_by_kind(reports: Iterable[Mapping[str, Any]]) -> list[Chart]:
+    """Memory's kinds stacked over rank, a chart for each implementation under the same axis."""
+    groups: dict[tuple[str, str, str], dict[str, dict[str, float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    budget: float | None = None
+    for report in reports:
+        budget = _finite(report.get("budget")) or budget
+        for row in report["memory"]:
+            value = _finite(row["value"])
+            if not row.get("kind") or value is None:
+                continue
+            rank = _finite((row.get("conditions") or {}).get("r"))
+            key = (
+                plain(row.get("phase") or "", limit=60),
+                _rest(row),
+                plain(row["subject"], limit=60),
+            )
+            place_ = "–" if rank is None else f"{rank:g}"
+            groups[key][place_][plain(row["kind"], limit=40)] = value
+    tallest = max(
+        (sum(kinds.values()) for places in groups.values() for kinds in places.values()), default=0
+    )
+    scale, shown = scaled([tallest], "B")
+    charts = []
+    for (phase, rest, subject), places in sorted(groups.items()):
+        kinds = list(dict.fromkeys(kind for found in places.values() for kind in found))
+        charts.append(
+            Chart(
+                kind="bar",
+                title=f"{subject}, {phase}" if phase else subject,
+                note=rest,
+                x=tuple(places),
+                x_label="rank r",
+                y_label=shown,
+                series=tuple(
+                    Series(
+                        name=kind,
+                        y=tuple(
+                            found[kind] / scale if kind in found else None
+                            for found in places.values()
+                        ),
+                    )
+                    for kind in kinds
+                ),
+                limit=(f"budget {quantity(budget, 'B')}", budget / scale) if budget else None,
+                top=tallest / scale,
+                headers=("rank", *kinds, "sum"),
+                rows=tuple(
+                    (
+                        where,
+                        *(quantity(found.get(kind), "B") for kind in kinds),
+                        quantity(sum(found.values()), "B"),
+                    )
+                    for where, found in places.items()
+                ),
+            )
+        )
+    return charts[:MOST]
+
+
+def intervals(found: Comparison) -> Iterator[Chart]:
+    """The paired times of a comparison as intervals of the ratio, the widest news first."""
+    rows = [
+        (row, row.low, row.ratio, row.high)
+        for row in found.rows
+        if row.low is not None
+        and row.ratio is not None
+        and row.high is not None
+        and all(map(math.isfinite, (row.low, row.ratio, row.high)))
+    ][:MOST]
+    if rows:
+        yield Chart(
+            kind="interval",
+            title="Paired times, new over old",
+            note="An interval that holds 1 says no more than that.",
+            x=tuple(f"{row.verdict}: {row.name}" for row, *_ in rows),
+            x_label="",
+            y_label="ratio; under 1 is faster",
+            series=(
+                Series(name="low", y=tuple(low for _, low, _, _ in rows)),
+                Series(name="high", y=tuple(high for *_, high in rows)),
+                Series(name="ratio", y=tuple(ratio for _, _, ratio, _ in rows)),
+            ),
+            limit=("no change", 1.0),
+            headers=("row", "where", "verdict", "ratio", "low", "high"),
+            rows=tuple(
+                (row.name, row.where, str(row.verdict), *(f"{one:.4g}" for one in (mid, low, high)))
+                for row, low, mid, high in rows
+            ),
+        )
+
+
+def outcomes(trend: Trend) -> Iterator[Chart]:
+    """How many specs had each outcome, run by run."""
+    present = [name for name in OUTCOMES if any(run.outcomes[name] for run in trend.runs)]
+    if present:
+        moments = tuple(plain(run.started, limit=40)[:10] for run in trend.runs)
+        yield Chart(
+            kind="bar",
+            title="Outcomes of specs",
+            note=f"{moments[0]} to {moments[-1]}",
+            x=moments,
+            x_label="",
+            y_label="specs",
+            series=tuple(
+                Series(name=outcome(name), y=tuple(run.outcomes[name] for run in trend.runs))
+                for name in present
+            ),
+            headers=("run", *(outcome(name) for name in present)),
+            rows=tuple(
+                (plain(run.started, limit=40), *(str(run.outcomes[name]) for name in present))
+                for run in trend.runs
+            ),
+        )
+
+
+def scaled(values: Sequence[float], unit: str) -> tuple[float, str]:
+    """What to divide by so that an axis has small numbers, and the unit that they then have."""
+    size = max(map(abs, values), default=0)
+    if unit in {"B", "bytes"}:
+        steps: tuple[tuple[float, str], ...] = tuple(
+            (1024.0**power, name) for power, name in ((3, "GiB"), (2, "MiB"), (1, "KiB"))
+        )
+    elif unit == "s":
+        steps = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))
+    else:
+        steps = tuple((10.0**power, f"{name}{unit}") for power, name in ((12, "T"), (9, "G")))
+    return next(((scale, name) for scale, name in steps if size >= scale), (1.0, unit))
+
+
+def _rest(row: Mapping[str, Any]) -> str:
+    """A row's model and conditions without the rank, in words."""
+    others = {
+        key: compact(value)
+        for key, value in (row.get("conditions") or {}).items()
+        if key not in {"r", "alpha", "lora_alpha"}
+    }
+    return place({"model": row.get("model"), "conditions": others})
+
+
+def _finite(value: object) -> float | None:
+    if isinstance(value, bool):
+        return None
+    real = number_of(value) if isinstance(value, (int, float, str)) else None
+    return real if real is not None and math.isfinite(real) else None
