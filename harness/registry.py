@@ -121,7 +121,7 @@ def _call(spec: str, module_name: str, attribute: str) -> Any:
         raise UsageError(
             f"adapter {spec!r}: {module_name} needs {error.name!r}, which is not installed"
         ) from None
-    except Exception as error:  # noqa: BLE001  # whatever a stranger's module raises
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a stranger's module raises
         raise UsageError(
             f"adapter {spec!r}: importing {module_name} raised {_line(error)}"
         ) from None
@@ -135,12 +135,12 @@ def _call(spec: str, module_name: str, attribute: str) -> Any:
         found = getattr(found, part)
     if not callable(found):
         raise UsageError(
-            f"adapter {spec!r}: {attribute!r} is a {type(found).__name__}; "
+            f"adapter {spec!r}: {attribute!r} is of type {type(found).__name__}; "
             "name a function that takes nothing and returns an adapter"
         )
     try:
         return found()
-    except Exception as error:  # noqa: BLE001  # whatever a stranger's factory raises
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a stranger's factory raises
         raise UsageError(f"adapter {spec!r}: the factory raised {_line(error)}") from None
 
 
