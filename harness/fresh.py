@@ -1,0 +1,114 @@
+"""A fresh process for each question: one that has imported torch, and met no implementation.
+
+    this process ── a line of JSON ──> the server ── fork ──> a child: `module.function(*arguments)`
+                 <── "" or an error ──
+
+Importing torch takes longer than most specs, so it is paid once: the server imports it, computes
+nothing, and forks a child for each question. The server's hash seed is not this process's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import lru_cache
+from importlib import import_module
+from typing import IO
+
+from harness.failure import NotRun
+
+LIMIT = 50
+"""Seconds a child may take: less than a spec may, so that a hang is told for what it is."""
+
+HASH_SEEDS = ("1729", "1")
+"""The server's hash seed: the first, or the second where this process has the first."""
+
+
+def call(module: str, function: str, *arguments: str) -> str:
+    """Call a function in a fresh process; what went wrong there, in one line, or nothing.
+
+    Raises `NotRun` on a system that cannot fork.
+    """
+    if not hasattr(os, "fork"):
+        raise NotRun("a fresh process needs a system that can fork")
+    requests, answers = _server(os.getpid())
+    try:
+        requests.write(json.dumps([module, function, *arguments]) + "\n")
+        requests.flush()
+        answer = answers.readline()
+    except OSError:
+        answer = ""
+    if not answer:
+        _server.cache_clear()
+        return "the server of fresh processes is gone"
+    problem: str = json.loads(answer)
+    return problem
+
+
+@lru_cache(maxsize=1)
+def _server(parent: int) -> tuple[IO[str], IO[str]]:  # noqa: ARG001  # a forked copy starts its own
+    """Started when first asked; it ends when this process does, as its input does."""
+    seed = HASH_SEEDS[os.environ.get("PYTHONHASHSEED") == HASH_SEEDS[0]]
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {_START}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process.stdin, process.stdout
+
+
+_START = "from harness import fresh; fresh.serve()"
+
+
+def serve() -> None:
+    """In the server: fork a child for each line of input."""
+    import torch  # noqa: F401  # imported here so that no child has to
+
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    for line in requests:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(read)
+            _answer(line, write)
+        os.close(write)
+        with os.fdopen(read, encoding="utf-8") as said:
+            problem = said.read()
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if code == -signal.SIGALRM:
+            problem = f"no answer within {LIMIT} s"
+        elif code and not problem:
+            problem = f"the process ended with {code}"
+        answers.write(json.dumps(problem) + "\n")
+        answers.flush()
+
+
+def _answer(line: str, write: int) -> None:
+    """In the child: do what is asked, say what went wrong, and end."""
+    signal.alarm(LIMIT)
+    code = 1
+    try:
+        module, function, *arguments = json.loads(line)
+        getattr(import_module(module), function)(*arguments)
+        code = 0
+    except BaseException as error:  # noqa: BLE001  # whatever it is, the other side is told
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        with contextlib.suppress(OSError):
+            os.write(write, told.encode())
+    finally:
+        os._exit(code)

@@ -1,0 +1,301 @@
+"""What an adapter checkpoint holds, and that a second model gets all of it back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from harness.case import Case
+from harness.failure import fail
+from harness.spec import spec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from harness.adapter import LoraConfig
+    from harness.oracle import Snapshot
+    from harness.trial import Trial
+
+GUIDE = "Fine-tune Phi-3 with LoRA, the guide: save with lora_state_dict, load in two stages"
+
+KINDS = (
+    Case(),
+    Case(dtype="bfloat16"),
+    Case(dtype="float16"),
+    Case(specimen="embedding"),
+    Case(specimen="fused-unequal"),
+)
+
+
+# -- what the judges share -------------------------------------------------------------------------
+
+
+def kept(trial: Trial, model: nn.Module) -> dict[str, Any]:
+    """The checkpoint, copied: the contract lets it alias live tensors."""
+    import torch
+
+    state = trial.adapter.state_dict(model)
+    return {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+
+
+def same_factors(trial: Trial, model: nn.Module, want: Snapshot, what: str) -> None:
+    """Every factor of every module, and every scaling, as wanted, bit for bit."""
+    found = trial.snapshot(model)
+    if found.keys() != want.keys():
+        differing = sorted(found.keys() ^ want.keys())
+        fail(
+            "names", expected=f"{what} of {len(want)} modules", actual=f"differs in {differing[:3]}"
+        )
+    for name, parts in want.items():
+        for k, (f, w) in enumerate(zip(found[name], parts, strict=True)):
+            for kind in ("A", "B", "bias"):
+                one, other = getattr(f, kind), getattr(w, kind)
+                if other is not None:
+                    trial.same_bits(one, other, f"{what}: {kind} of {name}, part {k}")
+            if f.scaling != w.scaling:
+                fail(
+                    "value",
+                    expected=f"{what}: scaling {w.scaling:g}",
+                    actual=f"{f.scaling:g}",
+                    where=name,
+                )
+
+
+def restores(trial: Trial, config: LoraConfig | None = None) -> None:
+    """A checkpoint of one model, loaded into a second, gives its factors, bit for bit, by name."""
+    given = trial.inputs()
+    source = trial.adapted(config=config)
+    factors, want, state = trial.snapshot(source), trial.call(source, given), kept(trial, source)
+    other = trial.inject(config=config, seed=1)
+    trial.randomize(other, seed=1)
+    trial.adapter.load_state_dict(other, state)
+
+    same_factors(trial, other, factors, "loaded factors")
+    trial.same_bits(trial.call(other, given), want, "output after loading")
+
+
+def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The entries that hold numbers: scalars, such as alpha, are an implementation's own affair."""
+    import torch
+
+    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel() != 1}
+
+
+# -- what it holds ---------------------------------------------------------------------------------
+
+
+@spec(
+    "checkpoint/only-lora",
+    claim="The checkpoint MUST hold no tensor of the frozen base, nor drag its storage along.",
+    why="A checkpoint of megabytes that carries gigabytes, or a stale base that overwrites another.",
+    source=(
+        GUIDE,
+        "BUGS 59, 60, P-17",
+        "https://github.com/unslothai/unsloth-zoo/issues/692",
+        "https://github.com/huggingface/peft/pull/1147",
+    ),
+    needs=("forward/equals-oracle",),
+    cases=(Case(specimen="stack"), Case(specimen="embedding"), Case(specimen="conv2d")),
+)
+def only_lora(trial: Trial) -> None:
+    """Compare every entry with every tensor of a base in which none is constant."""
+    import torch
+
+    base = trial.base()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+    frozen = {name: p.detach().clone() for name, p in base.named_parameters()}
+    model = trial.adapted(base)
+    state = tensors(trial.adapter.state_dict(model))
+    for key, value in state.items():
+        for name, p in frozen.items():
+            if p.numel() == value.numel() and p.flatten().equal(value.detach().flatten().to(p)):
+                fail(
+                    "names",
+                    expected="no entry of the checkpoint is a tensor of the frozen base",
+                    actual=f"{key!r} is the base's {name}",
+                    where=key,
+                )
+    saved = _storage_bytes(state.values())
+    live = _storage_bytes(
+        t for parts in trial.factors(model).values() for f in parts for t in (f.A, f.B)
+    )
+    own = sum(value.numel() * value.element_size() for value in state.values())
+    if saved > max(live, own):
+        fail(
+            "count",
+            expected=f"storages of at most {max(live, own)} bytes, as the factors'",
+            actual=f"{saved} bytes: torch.save writes whole storages",
+        )
+
+
+def _storage_bytes(found: Any) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+    return sum(storages.values())
+
+
+@spec(
+    "checkpoint/complete",
+    claim="Loading a model's own checkpoint MUST undo every change to what it trains.",
+    why="What is trained and not saved is lost, and noticed when the training machine is gone.",
+    source=(
+        GUIDE,
+        "BUGS 29, 47, 61, 62, 67, P-8",
+        "https://github.com/huggingface/peft/issues/286",
+        "https://github.com/pytorch/torchtune/issues/1764",
+    ),
+    needs=("forward/equals-oracle",),
+    tier="smoke",
+    cases=(
+        *KINDS,
+        Case(specimen="stack", way="two-layers"),
+        Case(specimen="stack", way="modules_to_save"),
+    ),
+)
+def complete(trial: Trial) -> None:
+    """Save, disturb everything that is trainable, load, and compare factors and outputs."""
+    import torch
+
+    config = trial.config()
+    if trial.case.specimen == "stack":
+        config = trial.config(target_modules=("layers.3.v_proj", "layers.7.v_proj"))
+    if trial.case.way == "modules_to_save":
+        if not trial.claims("modules_to_save"):
+            return
+        config = trial.config(
+            target_modules=config.target_modules, modules_to_save=("lm_head", "layers.5.norm")
+        )
+    given = trial.inputs()
+    model = trial.inject(config=config)
+    _disturb(model, seed=1)
+    factors = trial.randomize(model)
+    want, state = trial.call(model, given), kept(trial, model)
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and not value.numel():
+            fail("count", expected="no empty entry", actual=f"{key!r} has no element", where=key)
+    _disturb(model, seed=2)
+    trial.randomize(model, seed=1)
+    if trial.call(model, given).equal(want):
+        fail("no-effect", expected="disturbed factors change the output", actual="nothing changes")
+    trial.adapter.load_state_dict(model, state)
+
+    same_factors(trial, model, factors, "factors after loading")
+    trial.same_bits(trial.call(model, given), want, "output after loading")
+
+
+def _disturb(model: nn.Module, *, seed: int) -> None:
+    """Other values in all that trains."""
+    import torch
+
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=g))
+
+
+@spec(
+    "checkpoint/round-trip-bits",
+    claim="A checkpoint loaded into a second model MUST give the same factors, bit for bit.",
+    why="Saving is not training: what was evaluated must be what is deployed.",
+    source=("BUGS 64, 66; P3", "https://github.com/pytorch/torchtune/issues/907"),
+    needs=("checkpoint/complete",),
+    cases=KINDS,
+)
+def round_trip_bits(trial: Trial) -> None:
+    """Two models in one process; the second starts from other factors."""
+    restores(trial)
+
+
+@spec(
+    "checkpoint/same-merged-or-not",
+    claim="The checkpoint of a merged model MUST be that of the unmerged one, bit for bit, or raise.",
+    why="A checkpoint saved during evaluation, merged, would add its update twice when it is loaded.",
+    source=("BUGS P-7", "https://github.com/huggingface/peft/issues/2105"),
+    features=("merge",),
+    needs=("checkpoint/complete", "merge/same-output"),
+    cases=(Case(), Case(specimen="fused"), Case(dtype="bfloat16")),
+)
+def same_merged_or_not(trial: Trial) -> None:
+    """Save before and while merged."""
+    import torch
+
+    model = trial.adapted()
+    want = kept(trial, model)
+    trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
+    try:
+        found = kept(trial, model)
+    except Exception as error:  # noqa: BLE001  # refusing is right
+        trial.notes.append(f"saving while merged is refused: {type(error).__name__}")
+        return
+    if found.keys() != want.keys():
+        differing = sorted(found.keys() ^ want.keys())
+        fail("names", expected="the same keys merged or not", actual=f"{differing[:3]} differ")
+    for key, value in want.items():
+        if isinstance(value, torch.Tensor):
+            trial.same_bits(found[key], value, f"{key} while merged")
+
+
+@spec(
+    "checkpoint/odd-names",
+    claim="Modules and adapters called `weight…`, `lora_…` or `foo` beside `foobar` MUST reload alike.",
+    why="Keys taken apart by substrings lose exactly the layers whose names hold one.",
+    source=(
+        "BUGS 51, 52",
+        "https://github.com/huggingface/peft/issues/2772",
+        "https://github.com/huggingface/peft/issues/2289",
+    ),
+    needs=("checkpoint/round-trip-bits", "checkpoint/many-layers"),
+    cases=(
+        Case(specimen="stack", way="modules"),
+        Case(specimen="stack", way="modules_to_save"),
+        Case(way="adapter"),
+    ),
+)
+def odd_names(trial: Trial) -> None:
+    """Reload an adapter of modules with traps for names; then one whose own name is a trap."""
+    if trial.case.way == "modules":
+        restores(trial, trial.config(target_modules=("weight_proj", "lora_gate", "foo", "foobar")))
+    elif trial.case.way == "modules_to_save" and trial.claims("modules_to_save"):
+        _reload_saved_module(trial)
+    elif trial.case.way == "adapter" and trial.claims("multi_adapter"):
+        _reload_adapter_called(trial, "my_weight_lora_A")
+
+
+def _reload_saved_module(trial: Trial) -> None:
+    """`foo` trained whole beside `foobar`, `weight_proj` likewise, in two models."""
+    config = trial.config(target_modules=("v_proj",), modules_to_save=("foo", "weight_proj"))
+    given = trial.inputs()
+    source, other = trial.inject(config=config), trial.inject(config=config, seed=1)
+    _disturb(source, seed=1)
+    _disturb(other, seed=2)
+    trial.adapter.load_state_dict(other, kept(trial, source))
+    want = trial.call(source, given)
+    trial.same_bits(trial.call(other, given), want, "output after loading modules_to_save")
+
+
+def _reload_adapter_called(trial: Trial, name: str) -> None:
+    adapter: Any = trial.adapter
+    models = []
+    for seed in (0, 1):
+        model = trial.inject()
+        adapter.add(model, name, trial.config())
+        adapter.activate(model, name)
+        trial.randomize(model, seed=seed)
+        models.append(model)
+    factors = trial.snapshot(models[0])
+    adapter.load_state_dict(models[1], kept(trial, models[0]))
+    same_factors(trial, models[1], factors, f"factors of the adapter {name!r} after loading")
+
+
+@spec(
+    "checkpoint/many-layers",
+    claim="With twelve layers, each MUST get its own factors back: 10 is not before 2.",
+    why="Keys in the order of their text put layer 10 in the place of layer 2, in shapes that fit.",
+    source=("BUGS P-9", "BUGS section 6.1: never fewer than 12 layers"),
+    needs=("checkpoint/round-trip-bits",),
+    cases=(Case(specimen="stack"),),
+)
+def many_layers(trial: Trial) -> None:
+    """Twelve layers with factors of their own, from one model into another."""
+    restores(trial)

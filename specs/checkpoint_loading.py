@@ -1,0 +1,196 @@
+"""What loading a checkpoint does to a live model: in which state, in which dtype, and when it refuses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from harness.specs.checkpoint import GUIDE, kept, same_factors, tensors
+
+from harness.case import Case
+from harness.failure import fail
+from harness.spec import spec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from harness.trial import Trial
+
+
+@spec(
+    "checkpoint/dtype-kept",
+    claim="A checkpoint MUST hold the factors' own dtype, and loading MUST leave the live dtype.",
+    why="Factors that come back in half precision lose the small updates of what is trained next.",
+    source=(
+        "BUGS 67, 68; P13",
+        "https://github.com/huggingface/peft/issues/2421",
+    ),
+    needs=("checkpoint/round-trip-bits",),
+    cases=(Case(), Case(dtype="bfloat16")),
+)
+def dtype_kept(trial: Trial) -> None:
+    """Load the checkpoint as it is, and cast: the live dtype and its values are what counts."""
+    import torch
+
+    model = trial.adapted()
+    state = kept(trial, model)
+    own = {f.A.dtype for parts in trial.factors(model).values() for f in parts}
+    for key, value in tensors(state).items():
+        if value.dtype not in own:
+            fail("dtype", expected=f"{own}", actual=f"{key} is {value.dtype}", where=key)
+    before = {name: p.dtype for name, p in model.named_parameters()}
+    half = torch.bfloat16 if torch.float32 in own else torch.float32
+    # A checkpoint in another dtype is right or raises.
+    for cast in (None, half):
+        given = {
+            k: v.to(cast) if cast and isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for k, v in state.items()
+        }
+        try:
+            trial.adapter.load_state_dict(model, given)
+        except Exception:
+            if cast is None:
+                raise
+            return
+        for name, p in model.named_parameters():
+            if p.dtype != before.get(name):
+                fail(
+                    "dtype",
+                    expected=f"{before.get(name)}, as before loading {cast or 'the same dtype'}",
+                    actual=str(p.dtype),
+                    where=name,
+                )
+        other = trial.inject(seed=1)
+        trial.adapter.load_state_dict(other, given)
+        for key, value in tensors(kept(trial, other)).items():
+            trial.same_bits(value, given[key].to(value.dtype), f"{key} after loading")
+
+
+@spec(
+    "checkpoint/two-stage-load",
+    claim="A base's weights, then a checkpoint, MUST give the saved outputs, in either mode; or raise.",
+    why="Loading while merged leaves the old update in W, and unmerging then takes out the new one.",
+    source=(
+        GUIDE,
+        "BUGS 46, P-7",
+        "https://github.com/microsoft/LoRA/issues/61",
+    ),
+    needs=("checkpoint/round-trip-bits",),
+    cases=(
+        Case(way="train"),
+        Case(way="eval"),
+        Case(way="merged"),
+        Case(specimen="embedding", way="eval"),
+        Case(specimen="fused", way="eval"),
+        Case(way="after-cycle"),
+    ),
+)
+def two_stage_load(trial: Trial) -> None:
+    """Load into a fresh model with other factors in one state, then look in every state."""
+    base, given, way = trial.base(), trial.inputs(), trial.case.way
+    if way in {"merged", "after-cycle"} and not trial.claims("unmerge"):
+        return
+    source = trial.adapted()
+    factors, state = trial.snapshot(source), kept(trial, source)
+    truth, budget = trial.truth(base, factors, given), trial.budget(base, factors, given)
+    model = trial.inject(seed=1)
+    old = trial.randomize(model, seed=1)
+    # The old update may have been rounded into W and out of it again, at its own magnitude.
+    budget = budget + trial.budget(base, old, given)
+    _enter(trial, model, way)
+    try:
+        trial.adapter.load_state_dict(model, state)
+    except Exception:
+        if not _is_merged(trial, way):
+            raise
+        truth = trial.truth(base, old, given)  # refused: the old adapter still acts, and rightly
+    trial.close(trial.call(model, given), truth, budget, f"output after loading, {way}")
+    _leave(trial, model, way)
+    trial.close(trial.call(model, given), truth, budget, f"output after loading, then left {way}")
+    if trial.claims("merge"):
+        trial.adapter.merge(model)  # type: ignore[attr-defined]  # claimed
+        trial.close(trial.call(model, given), truth, budget, "output after loading and merging")
+
+
+def _is_merged(trial: Trial, way: str) -> bool:
+    return way == "merged" or (way == "eval" and bool(getattr(trial.adapter, "eval_merges", False)))
+
+
+def _enter(trial: Trial, model: nn.Module, way: str) -> None:
+    adapter: Any = trial.adapter
+    if way in {"train", "eval"}:
+        model.train(way == "train")
+        return
+    adapter.merge(model)
+    if way == "after-cycle":
+        adapter.unmerge(model)
+
+
+def _leave(trial: Trial, model: nn.Module, way: str) -> None:
+    adapter: Any = trial.adapter
+    if way == "merged":
+        adapter.unmerge(model)
+    trial.unmerged(model)
+
+
+@spec(
+    "checkpoint/misfit-is-loud",
+    claim="Loading a checkpoint that does not fit MUST raise: prefix, missing, extra, rank or shape.",
+    why="A silent misfit evaluates the untrained adapter, and nobody can tell from its outputs.",
+    source=(
+        "BUGS 48, 49, P-10",
+        "https://github.com/huggingface/peft/pull/2118",
+        "https://github.com/huggingface/diffusers/issues/10187",
+    ),
+    needs=("checkpoint/round-trip-bits",),
+    cases=tuple(Case(way=way) for way in ("prefix", "missing", "extra", "rank", "shape", "empty")),
+)
+def misfit_is_loud(trial: Trial) -> None:
+    """Load six kinds of misfits."""
+    model = trial.adapted()
+    state = _misfit(trial, kept(trial, model))
+    try:
+        trial.adapter.load_state_dict(model, state)
+    except Exception:  # noqa: BLE001  # that is what is asked
+        return
+    fail(
+        "silent",
+        expected=f"loading a checkpoint that does not fit ({trial.case.way}) raises",
+        actual="nothing was raised",
+    )
+
+
+def _misfit(trial: Trial, state: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    way, first = trial.case.way, min(tensors(state))
+    if way == "prefix":
+        return {f"module.{key}": value for key, value in state.items()}
+    if way == "missing":
+        return {key: value for key, value in state.items() if key != first}
+    if way == "extra":
+        return {**state, f"left_over.{first}": state[first]}
+    if way == "shape":
+        return {**state, first: torch.cat([state[first], state[first][..., :1]], dim=-1)}
+    if way == "empty":
+        return {}
+    wider: dict[str, Any] = kept(trial, trial.inject(config=trial.config(r=trial.case.r + 1)))
+    return wider
+
+
+@spec(
+    "checkpoint/misfit-changes-nothing",
+    claim="A checkpoint that is refused SHOULD leave every factor as it was.",
+    why="Who catches the error and goes on would go on with half of another adapter.",
+    source=("BUGS P-10; P19", GUIDE),
+    needs=("checkpoint/misfit-is-loud",),
+    cases=tuple(Case(specimen="stack", way=way) for way in ("extra", "shape")),
+)
+def misfit_changes_nothing(trial: Trial) -> None:
+    """Offer another adapter's checkpoint with one entry wrong, and compare the factors' bits."""
+    state = _misfit(trial, kept(trial, trial.adapted()))
+    model = trial.inject()
+    factors = trial.randomize(model, seed=1)
+    try:
+        trial.adapter.load_state_dict(model, state)
+    except Exception:  # noqa: BLE001  # the spec this one needs asks for that
+        same_factors(trial, model, factors, "factors after a refused checkpoint")
