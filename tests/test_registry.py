@@ -162,8 +162,10 @@ BENT = {
     ),
     "add": (
         lambda model, name, config: None,
-        "adapter 'x': `add` takes (model, name, config); "
-        "it must take add(model, name, config, *, trainable=True)",
+        (
+            "adapter 'x': `add` takes (model, name, config); "
+            "it must take add(model, name, config, *, trainable=True)"
+        ),
     ),
 }
 

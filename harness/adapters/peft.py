@@ -159,12 +159,13 @@ def capabilities() -> Capabilities:
         "dropout",
         "modules_to_save",
         "disable",
-        "multi_adapter",
         "save",
         "gradient_checkpointing",
         # Merging tied weights is warned of, not refused: users do it (BUGS 14).
         "tied_embeddings",
     }
+    if hasattr(lora.LoraModel, "delete_adapter"):
+        features.add("multi_adapter")
     if "use_rslora" in fields:
         features.add("rslora")
     if "lora_bias" in fields:
