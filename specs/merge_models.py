@@ -196,3 +196,57 @@ def _greedy(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
             ids = logits[-1].argmax(-1, keepdim=True)
             tokens.append(ids)
     return torch.cat(tokens, dim=1), torch.stack(logits, dim=1)
+
+
+@spec(
+    "merge/while-merged",
+    claim="What is done while merged (disable, activate, delete) MUST be right or raise.",
+    why="A delta that stays baked in when its adapter is switched off is added to all that follows.",
+    source=("BUGS 42", "https://github.com/huggingface/peft/issues/3504"),
+    features=("merge",),
+    needs=("merge/same-output", "merge/restores-base"),
+    cases=(Case(way="disable"), Case(way="activate"), Case(way="delete")),
+)
+def while_merged(trial: Trial) -> None:
+    """Merge, do one thing, and compare the outputs with what that thing promises."""
+    way, adapter, given = trial.case.way, trial.adapter, trial.inputs()
+    if not trial.claims("disable" if way == "disable" else "multi_adapter"):
+        return
+    base, model = trial.base(), trial.adapted()
+    first = trial.snapshot(model)
+    # Each update may have been rounded into W and out of it again, at its own magnitude.
+    budget = 2 * trial.budget(base, first, given)
+    if way == "disable":
+        adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
+        try:
+            with adapter.disable(model):  # type: ignore[attr-defined]  # claimed
+                found = trial.call(model, given)
+        except Exception as error:  # noqa: BLE001  # refusing is right
+            trial.notes.append(f"refused: {type(error).__name__}")
+        else:
+            trial.close(found, trial.truth(base, {}, given), budget, "disabled output while merged")
+        after = trial.truth(base, first, given)
+        trial.close(trial.call(model, given), after, budget, "output after disabling while merged")
+        return
+    adapter.add(model, "second", trial.config())  # type: ignore[attr-defined]  # claimed
+    adapter.activate(model, "second")  # type: ignore[attr-defined]  # claimed
+    second = trial.randomize(model, seed=1)
+    budget = budget + 2 * trial.budget(base, second, given)
+    _switch_while_merged(trial, model)
+    merged, other = trial.truth(base, second, given), trial.truth(base, first, given)
+    found = trial.call(model, given)
+    refused = trial.notes and trial.notes[-1].startswith("refused")
+    trial.close(found, merged if refused else other, budget, f"output after {way} while merged")
+
+
+def _switch_while_merged(trial: Trial, model: nn.Module) -> None:
+    """Merge `second`, activate `default`, and delete `second`, as far as none is refused."""
+    adapter: Any = trial.adapter
+    adapter.merge(model)
+    try:
+        adapter.activate(model, "default")
+    except Exception as error:  # noqa: BLE001  # refusing is right
+        trial.notes.append(f"refused: {type(error).__name__}")
+        return
+    if trial.case.way == "delete":
+        adapter.delete(model, "second")
