@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from harness import recipe as recipes
 from harness import run_folder
 from harness.console import table
 from harness.errors import UsageError
+from harness.measure.memory import parse_bytes
 from harness.registry import names
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def command(args: argparse.Namespace) -> int:
         if value := getattr(args, option, None):
             overrides.append(f"{key}={json.dumps(value)}")
     recipe = recipes.load(args.recipe, overrides)
-    budget = size(args.budget) if args.budget else None
+    budget = parse_bytes(args.budget) if args.budget else None
     if args.resume and args.overwrite:
         raise UsageError("--resume and --overwrite: one goes on, the other starts afresh; give one")
     adapters = list(dict.fromkeys(args.adapter or _able(recipe)))
@@ -214,20 +214,6 @@ def _title(report: dict[str, Any]) -> str:
 def _said(title: str, text: str) -> list[str]:
     body = textwrap.wrap(" ".join(text.split()) or "(nothing)", WIDTH - 10)[:4]
     return [f"{title if not k else '':<10}{line}" for k, line in enumerate(body)]
-
-
-def size(text: str) -> int:
-    """A memory size such as 8GiB, 500MB or 1.5e9, in bytes. Raises UsageError on anything else."""
-    units = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "b": 1}
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
-    try:
-        value = int(float(match[1]) * units[match[2]]) if match else 0
-    except (KeyError, ValueError):
-        value = 0
-    if value <= 0:
-        raise UsageError(f"--budget {text}: not a memory size; write it like 8GiB")
-    return value
 
 
 def _able(recipe: Recipe) -> tuple[str, ...]:

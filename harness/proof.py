@@ -141,7 +141,7 @@ def only_lora_trains(
     exact = bool(also) or total == wanted
     return judged(
         "only-lora-trains",
-        "only LoRA trains: r·(in+out) a module",
+        "only LoRA trains, r·(in+out) each",
         not wrong and not strangers and exact,
         f"{sum(counts.values()):,} in {len(counts)} modules",
         f"{wanted:,} in {len(expected)}",
@@ -155,7 +155,7 @@ def optimizer_holds(model: nn.Module, optimizer: Any) -> Proof:
     wanted = {id(p) for p in trainable(model).values()}
     return judged(
         "optimizer-holds-lora",
-        "the optimizer holds exactly those",
+        "the optimizer holds just those",
         held == wanted,
         f"{len(held)} tensors, {len(held - wanted)} others",
         f"{len(wanted)} tensors, 0 others",
@@ -186,9 +186,9 @@ def checkpoint_is_whole(model: nn.Module, base: Mapping[str, str], folder: Path)
     why = "the two files differ" if not same else f"first at {(empty or foreign or ['?'])[0]}"
     return judged(
         "checkpoint-is-lora",
-        "the checkpoint: LoRA, whole, nothing else",
+        "the checkpoint is LoRA, and whole",
         same and not empty and not foreign and numbers == want,
-        f"{numbers:,} in {len(tensors)}; {len(empty)} empty, {len(foreign)} base",
+        f"{numbers:,}; {len(empty)} empty, {len(foreign)} base",
         f"{want:,}; 0 empty, 0 base",
         why,
     )
@@ -197,8 +197,8 @@ def checkpoint_is_whole(model: nn.Module, base: Mapping[str, str], folder: Path)
 def reloaded(found: Mapping[str, Any]) -> list[Proof]:
     """Property 3, from what the fresh process found."""
     claims = {
-        "two-stage-load": "two-stage load, fresh process: the keys",
-        "reload-same-logits": "the same: logits bit for bit",
+        "two-stage-load": "two-stage load in a new process",
+        "reload-same-logits": "the same: logits, bit for bit",
     }
     if error := found.get("error"):
         return [judged(s, c, False, "–", "it loads", str(error)) for s, c in claims.items()]
@@ -214,7 +214,7 @@ def reloaded(found: Mapping[str, Any]) -> list[Proof]:
             and not found["unwritten"]
             and not found["disturbed"],
             f"{len(found['unexpected'])} unexpected, {len(found['missing_wrong'])} missing",
-            "0 unexpected, 0 but the other part's",
+            "0, 0 but the other part",
             f"unexpected {found['unexpected'][:2]}, wrongly missing {found['missing_wrong'][:2]}, "
             f"left unwritten {found['unwritten'][:2]}, base disturbed {found['disturbed'][:2]}",
         )
@@ -253,7 +253,7 @@ def merged_agrees(
     apart, _ = tolerance.margin(merged, truth, budget)
     before, _ = tolerance.margin(unmerged, truth, budget)
     effect = float((truth - base).abs().max())
-    claim = "merged = unmerged: logits, from float64"
+    claim = "merged and unmerged: the logits"
     if effect <= float(budget):
         return unjudged(
             "merged-same-logits",
@@ -265,8 +265,8 @@ def merged_agrees(
         "merged-same-logits",
         claim,
         apart.used <= 1 and before.used <= 1,
-        f"{apart.measured:.1e} merged, {before.measured:.1e} unmerged",
-        f"{float(budget):.1e} (effect {effect:.1e})",
+        f"{apart.measured:.1e} and {before.measured:.1e} from truth",
+        f"{float(budget):.1e} of {effect:.1e}",
     )
 
 
@@ -275,7 +275,7 @@ def same_replies(before: Sequence[str], after: Sequence[str]) -> Proof:
     same = sum(a == b for a, b in zip(before, after, strict=True))
     return judged(
         "merged-same-replies",
-        "merged = unmerged: greedy replies",
+        "merged and unmerged: the replies",
         same == len(before) > 0,
         f"{same} of {len(before)} the same",
         f"{len(before)}",
@@ -323,7 +323,7 @@ def base_unchanged(before: Mapping[str, str], model: nn.Module) -> Proof:
     ]
     return judged(
         "base-unchanged",
-        "the base is bit for bit as it was",
+        "the base, bit for bit as it was",
         not changed,
         f"{len(changed)} of {len(before)} tensors changed",
         "0",

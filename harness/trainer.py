@@ -152,7 +152,7 @@ class Log(TrainerCallback):  # type: ignore[misc]  # transformers is skipped by 
 
 def _line(step: int, steps: int, entry: Mapping[str, Any]) -> str:
     """One entry in words; nothing for the summary at the end, which the table tells."""
-    where = f"  step {step:>{len(str(steps))}}/{steps}"
+    where = f"  step {step:>{len(str(steps))}}/{steps}" if steps else "  before training"
     if "eval_loss" in entry:
         return f"{where}  eval loss {entry['eval_loss']:.4f}"
     if "loss" not in entry:

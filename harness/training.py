@@ -129,7 +129,11 @@ class Run:
                 if self.steps:
                     trainer._save_checkpoint(trainer.model, None)  # noqa: SLF001  # its own way
                 raise
-        after = _eval_loss(trainer) if evaluates else None
+        after = None
+        if evaluates:
+            told = dict(curve(trainer.state.log_history, "eval_loss"))
+            last_step = trainer.state.global_step
+            after = told[last_step] if last_step in told else _eval_loss(trainer)
         checkpoint.write(self.adapter.state_dict(self.model), self.folder.path)
         self.history = list(trainer.state.log_history)
         self.steps = trainer.state.global_step
@@ -173,7 +177,10 @@ class Run:
         from harness.reload import probe
         from harness.truth import truth
 
-        claims = ("merged-same-logits", "merged-same-replies")
+        claims = {
+            "merged-same-logits": "merged and unmerged: the logits",
+            "merged-same-replies": "merged and unmerged: the replies",
+        }
         reason = ""
         if "merge" not in self.adapter.capabilities.features:
             reason = f"{self.adapter.name} does not claim merge"
@@ -182,10 +189,7 @@ class Run:
         elif self.config.modules_to_save or self.config.lora_bias or self.config.bias != "none":
             reason = "not judged with modules_to_save or trained biases; lora-harness check does"
         if reason:
-            return [
-                proof.unjudged(claim, "merged = unmerged", reason, "not_claimed")
-                for claim in claims
-            ]
+            return [proof.unjudged(claim, claims[claim], reason, "not_claimed") for claim in claims]
         dtype = unmerged.dtype
         found = truth(
             self.model,
