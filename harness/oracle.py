@@ -116,29 +116,66 @@ def bias_delta(module: nn.Module, parts: Sequence[Factors]) -> Tensor | None:
     return total
 
 
+def gradients(
+    base: nn.Module, factors: Snapshot, given: Tensor, cotangent: Tensor
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Gradients of Σ cotangent · output in float64, for a base of one linear operation.
+
+    Returns:
+        That of the input, None where the input is indices, and those of each A and B in turn.
+    """
+    model = copy.deepcopy(base).double().eval()
+    leaves = {
+        name: [
+            Factors(
+                f.A.clone().requires_grad_(),
+                f.B.clone().requires_grad_(),
+                f.scaling,
+                f.rows,
+                f.bias,
+            )
+            for f in parts
+        ]
+        for name, parts in factors.items()
+    }
+    weights = {}
+    for name, parts in leaves.items():
+        module = model.get_submodule(name)
+        weights[f"{name}.weight"] = weight_of(module).detach() + delta(module, parts)
+    x = given.detach().double().clone() if given.is_floating_point() else given
+    x.requires_grad_(given.is_floating_point())
+    y: Tensor = torch.func.functional_call(model, weights, (x,))
+    variables = [t for parts in leaves.values() for f in parts for t in (f.A, f.B)]
+    inputs = [x] if given.is_floating_point() else []
+    found = torch.autograd.grad((y * cotangent.double()).sum(), [*inputs, *variables])
+    return (found[0] if inputs else None), list(found[len(inputs) :])
+
+
+def positive(base: nn.Module, factors: Snapshot) -> tuple[nn.Module, Snapshot]:
+    """A base and its factors with every number made positive, for magnitudes of what they make."""
+    model = copy.deepcopy(base).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+    return model, {
+        name: [
+            Factors(
+                f.A.abs(),
+                f.B.abs(),
+                abs(f.scaling),
+                f.rows,
+                None if f.bias is None else f.bias.abs(),
+            )
+            for f in parts
+        ]
+        for name, parts in factors.items()
+    }
+
+
 def magnitude(base: nn.Module, factors: Snapshot) -> nn.Module:
     """A copy of a base of one linear operation, with every term made positive.
 
     On |x| it gives, for each output, the sum of the absolute values of all products that an
     implementation may add up, in whatever order: the M of `harness.tolerance.outputs`.
     """
-    model = copy.deepcopy(base).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.abs_()
-        for name, module in dict(model.named_modules()).items():
-            if factors.get(name):
-                original = base.get_submodule(name)
-                weight = weight_of(original).detach().double().abs()
-                module.weight = nn.Parameter(weight + delta(original, factors[name], absolute=True))
-                extra = [
-                    Factors(
-                        f.A, f.B, abs(f.scaling), f.rows, None if f.bias is None else f.bias.abs()
-                    )
-                    for f in factors[name]
-                ]
-                b = bias_delta(original, extra)
-                if b is not None:
-                    held = getattr(original, "bias", None)
-                    module.bias = nn.Parameter(b if held is None else held.double().abs() + b)
-    return model
+    return merged(*positive(base, factors))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from hypothesis.strategies import SearchStrategy
 
-    from harness.adapter import Feature
+    from harness.adapter import Feature, Layer
     from harness.case import Case
     from harness.trial import Trial
 
@@ -55,7 +55,7 @@ class Spec:
         source: paper, guide, or a real bug by its number and thread.
         since: the spec version that brought it; `provisional` until a release.
         needs: ids of specs without which judging this one says nothing new.
-        features: what must be claimed for it to be asked.
+        features: what must be claimed for it to be asked, features and layer kinds.
         tier: smoke (a second for all), core, or full.
         cases: the points at which it is judged.
         more_cases: further points, in the full tier alone.
@@ -69,7 +69,7 @@ class Spec:
     source: tuple[str, ...]
     since: str
     needs: tuple[str, ...]
-    features: tuple[Feature, ...]
+    features: tuple[Feature | Layer, ...]
     tier: Tier
     cases: tuple[Case, ...]
     more_cases: tuple[Case, ...]
@@ -114,7 +114,7 @@ def spec(
     cases: Iterable[Case],
     more_cases: Iterable[Case] = (),
     needs: Sequence[str] = (),
-    features: Sequence[Feature] = (),
+    features: Sequence[Feature | Layer] = (),
     tier: Tier = "core",
     since: str = "provisional",
     search: Callable[[], SearchStrategy[Case]] | None = None,

@@ -98,7 +98,7 @@ class Trial:
     ) -> nn.Module:
         """LoRA on a base, seeded, in the unmerged state without dropout where there is one."""
         base = self.base() if base is None else base
-        torch.manual_seed(3_000 + self.case.seed + seed)
+        seed_all(3_000 + self.case.seed + seed)
         model = self.adapter.inject(base, config or self.config())
         if not isinstance(model, torch.nn.Module):
             fail(
@@ -265,6 +265,13 @@ class Trial:
                 return
         if not [w for w in caught if not _is_housekeeping(w)] and not said:
             fail("silent", expected=expected, actual="nothing was raised and nothing was warned")
+
+
+def seed_all(seed: int) -> None:
+    """As `torch.manual_seed`, which on a machine without CUDA formats a stack at each call."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def _coarsest(found: dict[str, list[Factors]]) -> torch.dtype:

@@ -77,11 +77,11 @@ def judge(
     import numpy as np
     import torch
 
-    from harness.trial import Trial
+    from harness.trial import Trial, seed_all
 
     random.seed(case.seed)
     np.random.seed(case.seed)  # noqa: NPY002  # implementations draw from the old global generator
-    torch.manual_seed(case.seed)
+    seed_all(case.seed)
     trial = Trial(adapter, case)
     broken: Broken | NotRun | None = None
     try:

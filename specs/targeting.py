@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from harness.adapter import LoraConfig
     from harness.trial import Trial
 
-STACK_ALL = tuple(
-    f"layers.{k}.{name}"
-    for k in range(12)
-    for name in ("v_proj", "qkv_proj", "foo", "foobar", "weight_proj", "lora_gate")
-) + ("groups.0.0", "groups.1.0")
+STACK_ALL = (
+    *(
+        f"layers.{k}.{name}"
+        for k in range(12)
+        for name in ("v_proj", "qkv_proj", "foo", "foobar", "weight_proj", "lora_gate")
+    ),
+    "groups.0.0",
+    "groups.1.0",
+)
 
 ASKED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "": (

@@ -107,7 +107,7 @@ def name_convention(trial: Trial) -> None:
     why="Published counts, memory and checkpoint sizes follow from the formula; a rank clipped in "
     "silence is another model than the one asked for.",
     source=("LoRA, section 5.1, https://arxiv.org/abs/2106.09685", "BUGS P-13, P-14"),
-    needs=("trainable/only-lora",),
+    needs=("trainable/only-lora", "initialization/factors-not-shared"),
     cases=(
         Case(),
         Case(r=13),
@@ -204,7 +204,7 @@ def bias_modes(trial: Trial) -> None:
     why="An optimizer that holds parameters which the model no longer uses trains nothing; weight "
     "decay on a base parameter shrinks it without any gradient.",
     source=("BUGS P-5, P-6",),
-    needs=("trainable/only-lora",),
+    needs=("trainable/only-lora", "forward/gradients"),
     cases=(Case(), Case(specimen="tied"), Case(specimen="tiny")),
 )
 def optimizer_holds_only_lora(trial: Trial) -> None:

@@ -1,0 +1,265 @@
+"""What an adapted layer computes in training: dropout on the branch, and gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from harness.case import Case
+from harness.failure import fail
+from harness.spec import spec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from harness.oracle import Snapshot
+    from harness.trial import Trial
+
+PAPER = "LoRA, section 4.1, https://arxiv.org/abs/2106.09685"
+ORACLE = "forward/equals-oracle"
+CALLS = 200
+"""How often dropout is watched: enough for chance to tell 0.3 from 0.4."""
+
+
+@spec(
+    "forward/dropout-off-in-eval",
+    claim="In eval mode dropout MUST be off, also after train mode.",
+    why="An evaluation that draws at random is neither the model nor repeatable.",
+    source=("BUGS 54, 119", "https://github.com/huggingface/transformers/issues/34469"),
+    needs=(ORACLE,),
+    features=("dropout",),
+    cases=tuple(Case(specimen=s, dropout=0.5) for s in ("linear", "conv2d", "fused", "stack")),
+)
+def dropout_off_in_eval(trial: Trial) -> None:
+    """Judge the outputs in eval mode, at first and after train mode."""
+    base, x = trial.base(), trial.inputs()
+    model = trial.adapted()
+    factors = trial.snapshot(model)
+    truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
+    model.eval()
+    trial.close(trial.call(model, x), truth, budget, "output in eval mode")
+    model.train()
+    trial.call(model, x)
+    model.eval()
+    trial.close(trial.call(model, x), truth, budget, "output in eval mode after train mode")
+
+
+@spec(
+    "forward/dropout-on-in-train",
+    claim="In train mode dropout MUST zero inputs of the branch with the probability asked for, "
+    "divide the others by 1 - p, draw afresh in each call, and leave the base's path alone.",
+    why="A setting that is taken and never applied is a run that cannot be reproduced elsewhere; on "
+    "the base's path dropout harms the pretrained model.",
+    source=(
+        "BUGS 44, 55, 117, P-11, P-12",
+        "https://github.com/meta-pytorch/torchtune/issues/995",
+        "https://github.com/huggingface/peft/issues/591",
+    ),
+    needs=(ORACLE,),
+    features=("dropout",),
+    cases=(
+        Case(shape=(16, 20), r=16, dropout=0.3),
+        Case(shape=(16, 20), r=16, dropout=0.75),
+        Case(specimen="conv2d", dropout=0.5),
+        Case(specimen="fused", dropout=0.5),
+    ),
+)
+def dropout_on_in_train(trial: Trial) -> None:
+    """Judge each input of the branch of a layer whose factors let it through, call by call."""
+    if trial.case.specimen == "linear":
+        _each_input(trial)
+        return
+    x = trial.inputs()
+    expected = trial.call(trial.base().train(), x)
+    model = trial.inject()
+    model.train()
+    trial.same_bits(trial.call(model, x), expected, "the base's path, in train mode")
+    trial.randomize(model)
+    first, second = trial.call(model, x), trial.call(model, x)
+    if first.equal(second):
+        fail(
+            "no-effect",
+            expected=f"two calls in train mode that differ, at dropout {trial.case.dropout:g}",
+            actual="the same outputs, bit for bit",
+        )
+
+
+@spec(
+    "forward/gradients",
+    claim="The gradients of the input and of each factor MUST be those of the equation.",
+    why="A branch that is right forward and wrong backward trains towards something else.",
+    source=(
+        PAPER,
+        "BUGS 10, 101",
+        "https://github.com/huggingface/peft/pull/1372",
+        "https://github.com/Lightning-AI/litgpt/pull/413",
+    ),
+    needs=(ORACLE,),
+    cases=(
+        Case(),
+        Case(way="hooked"),
+        Case(specimen="bare", r=13),
+        *(Case(dtype=d) for d in ("bfloat16", "float16", "float64")),
+        *(Case(specimen=s) for s in ("embedding", "conv2d", "grouped", "fused")),
+    ),
+)
+def gradients(trial: Trial) -> None:
+    """Judge against float64, with a backward hook on the base's layer too; no padding index."""
+    from harness import oracle, specimen, storage, tolerance
+
+    x, base = trial.inputs(), trial.base()
+    if not x.is_floating_point():
+        x = x.masked_fill(x == 1, 2)
+    if trial.case.way == "hooked":
+        base.get_submodule("proj").register_full_backward_hook(lambda *_: None)
+    model = trial.adapted(base)
+    for train in (False, True):
+        if train:
+            model.train()
+        model.zero_grad(set_to_none=True)
+        given = x.clone().requires_grad_(x.is_floating_point())
+        y = specimen.call(model, given)
+        c = _cotangent(y)
+        y.backward(c)
+
+        factors = trial.snapshot(model)
+        truth_x, truths = oracle.gradients(trial.base(), factors, x, c)
+        absolute = x.abs() if x.is_floating_point() else x
+        M_x, Ms = oracle.gradients(*oracle.positive(trial.base(), factors), absolute, c.abs())
+        terms = y.numel() + x.numel() + trial.case.r
+
+        def judge(actual: Tensor | None, truth: Tensor, M: Tensor, what: str) -> None:
+            if actual is None:
+                fail("no-effect", expected=f"a gradient of {what}", actual="there is none")  # noqa: B023
+            budget = tolerance.gradients(
+                M,
+                n=terms,  # noqa: B023
+                dtype=trial.dtype,
+                factor_dtype=trial.factor_dtype,
+            )
+            trial.close(actual, truth, budget, f"the gradient of {what}")
+
+        if truth_x is not None and M_x is not None:
+            judge(given.grad, truth_x, M_x, "the input")
+        handles = storage.handles(trial.factors(model))
+        for k, (handle, truth, M) in enumerate(zip(handles, truths, Ms, strict=True)):
+            judge(storage.gradient(model, handle), truth, M, f"{'AB'[k % 2]} of part {k // 2}")
+
+
+@spec(
+    "forward/dropout-gradients",
+    claim="Under dropout the gradients MUST be those of the function drawn: the same mask backward as "
+    "forward.",
+    why="A backward pass that forgets the mask trains the inputs that were dropped.",
+    source=(
+        "BUGS 118",
+        "https://github.com/foundation-model-stack/fms-acceleration/issues/97",
+    ),
+    needs=("forward/dropout-on-in-train", "forward/gradients"),
+    features=("dropout",),
+    cases=tuple(Case(specimen=s, dropout=0.4) for s in ("linear", "conv2d", "fused")),
+)
+def dropout_gradients(trial: Trial) -> None:
+    """Judge by differences, which are exact: for one mask the output is affine in each variable."""
+    import torch
+
+    from harness import specimen, storage
+
+    model, x = trial.adapted(), trial.inputs().requires_grad_()
+    model.train()
+
+    def call() -> Tensor:
+        torch.manual_seed(9)
+        return specimen.call(model, x)
+
+    y = call()
+    if not call().equal(y):
+        trial.notes.append("vacuous: dropout does not follow torch's seed")
+        return
+    c = _cotangent(y)
+    y.backward(c)
+    variables = [x, *storage.handles(trial.factors(model))]
+    found = [x.grad, *(storage.gradient(model, handle) for handle in variables[1:])]
+    for k, (variable, gradient) in enumerate(zip(variables, found, strict=True)):
+        what = "the input" if not k else f"{'AB'[(k - 1) % 2]} of part {(k - 1) // 2}"
+        if gradient is None:
+            fail("no-effect", expected=f"a gradient of {what}", actual="there is none")
+        h = _cotangent(variable)
+        with torch.no_grad():
+            kept = variable.detach().clone()
+            variable += h
+            step = ((call() - y).double() * c.double()).sum()
+            allowed = _affine_budget(trial, trial.snapshot(model), x, h, c, variables)
+            variable.copy_(kept)
+        slope = (gradient.double() * h.double()).sum()
+        trial.close(slope, step, allowed, f"the gradient of {what} along a direction")
+
+
+def _each_input(trial: Trial) -> None:
+    """Every input of the branch is 0 or x/(1 - p), in the right proportion, and drawn afresh."""
+    import torch
+
+    from harness import tolerance
+
+    base, p = trial.base(), trial.case.dropout
+    i, o = trial.case.shape
+    x = trial.inputs()[:1, 0]  # (1, i): one row, as a mask may be one for a whole batch
+    model = trial.inject()
+    (f,) = trial.factors(model)["proj"]
+    with torch.no_grad():
+        f.A.copy_(torch.eye(i))
+        f.B.copy_(torch.eye(o, i))
+    factors = trial.snapshot(model)
+    budget = trial.budget(base, factors, x / (1 - p))
+    plain = trial.call(base.double(), x.double())
+    kept = trial.truth(base, factors, x / (1 - p)) - trial.call(base, (x / (1 - p)).double())
+    model.train()
+    masks = []
+    for _ in range(CALLS):
+        y = trial.call(model, x).double()
+        mask = (y - plain - kept).abs() < (y - plain).abs()  # (1, o): nearer to kept than to 0
+        trial.close(y, plain + mask * kept, budget, "base + scaling·B·A·(0 or x/(1 - p))")
+        masks.append(mask[0, :i])
+    drawn = torch.stack(masks)  # (calls, i)
+    zeroed = 1 - float(drawn.double().mean())
+    again = float((drawn[1:] == drawn[:-1]).all(1).double().mean())
+    by_chance = (p**2 + (1 - p) ** 2) ** i
+    for what, found, expected, draws in (
+        ("the share of zeroed inputs", zeroed, p, drawn.numel()),
+        ("the share of calls with the mask of the call before", again, by_chance, CALLS - 1),
+    ):
+        off, allowed = abs(found - expected), tolerance.chance(draws, 1.0)
+        trial.margins.append(tolerance.Margin(off / allowed, off, allowed))
+        if off > allowed:
+            fail(
+                "value",
+                expected=f"{what} near {expected:.4g}",
+                actual=f"{found:.4g} in {CALLS} calls",
+                measured=off,
+                allowed=allowed,
+            )
+
+
+def _affine_budget(
+    trial: Trial, moved: Snapshot, x: Tensor, h: Tensor, c: Tensor, variables: Sequence[Tensor]
+) -> Tensor:
+    """Rounding of Σ c·Δy and Σ gradient·h together: at most four outputs' worth, kept ones scaled."""
+    from harness import oracle, tolerance
+
+    base: nn.Module = trial.base()
+    wide = x.detach().double().abs() + (h.double().abs() if h.shape == x.shape else 0)
+    M = trial.call(oracle.magnitude(base, moved), wide / (1 - trial.case.dropout))
+    terms = c.numel() + sum(v.numel() for v in variables)
+    budget = tolerance.outputs(M, n=terms, dtype=trial.dtype, factor_dtype=trial.factor_dtype)
+    # The factors may have been larger before they moved by h: twice the magnitude covers both ends.
+    return 8 * (c.double().abs() * budget).sum()
+
+
+def _cotangent(like: Tensor) -> Tensor:
+    """Seeded numbers in the shape and dtype of a tensor."""
+    import torch
+
+    g = torch.Generator().manual_seed(4_000 + like.numel())
+    drawn = torch.randn(like.shape, generator=g, dtype=torch.float64)
+    return drawn.to(device=like.device, dtype=like.dtype)
