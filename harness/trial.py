@@ -270,7 +270,7 @@ class Trial:
 def seed_all(seed: int) -> None:
     """As `torch.manual_seed`, which on a machine without CUDA formats a stack at each call."""
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
 
 

@@ -9,11 +9,8 @@ from harness.failure import fail
 from harness.spec import spec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor, nn
 
-    from harness.oracle import Snapshot
     from harness.trial import Trial
 
 PAPER = "LoRA, section 4.1, https://arxiv.org/abs/2106.09685"
@@ -121,30 +118,27 @@ def gradients(trial: Trial) -> None:
         given = x.clone().requires_grad_(x.is_floating_point())
         y = specimen.call(model, given)
         c = _cotangent(y)
-        y.backward(c)
+        y.backward(c)  # type: ignore[no-untyped-call]
 
         factors = trial.snapshot(model)
         truth_x, truths = oracle.gradients(trial.base(), factors, x, c)
         absolute = x.abs() if x.is_floating_point() else x
         M_x, Ms = oracle.gradients(*oracle.positive(trial.base(), factors), absolute, c.abs())
-        terms = y.numel() + x.numel() + trial.case.r
-
-        def judge(actual: Tensor | None, truth: Tensor, M: Tensor, what: str) -> None:
+        found = [storage.gradient(model, h) for h in storage.handles(trial.factors(model))]
+        names = [f"{'AB'[k % 2]} of part {k // 2}" for k in range(len(found))]
+        if truth_x is not None and M_x is not None:
+            found, truths, Ms = [given.grad, *found], [truth_x, *truths], [M_x, *Ms]
+            names = ["the input", *names]
+        for actual, truth, M, what in zip(found, truths, Ms, names, strict=True):
             if actual is None:
-                fail("no-effect", expected=f"a gradient of {what}", actual="there is none")  # noqa: B023
+                fail("no-effect", expected=f"a gradient of {what}", actual="there is none")
             budget = tolerance.gradients(
                 M,
-                n=terms,  # noqa: B023
+                n=y.numel() + x.numel() + trial.case.r,
                 dtype=trial.dtype,
                 factor_dtype=trial.factor_dtype,
             )
             trial.close(actual, truth, budget, f"the gradient of {what}")
-
-        if truth_x is not None and M_x is not None:
-            judge(given.grad, truth_x, M_x, "the input")
-        handles = storage.handles(trial.factors(model))
-        for k, (handle, truth, M) in enumerate(zip(handles, truths, Ms, strict=True)):
-            judge(storage.gradient(model, handle), truth, M, f"{'AB'[k % 2]} of part {k // 2}")
 
 
 @spec(
@@ -178,9 +172,10 @@ def dropout_gradients(trial: Trial) -> None:
         trial.notes.append("vacuous: dropout does not follow torch's seed")
         return
     c = _cotangent(y)
-    y.backward(c)
+    y.backward(c)  # type: ignore[no-untyped-call]
     variables = [x, *storage.handles(trial.factors(model))]
     found = [x.grad, *(storage.gradient(model, handle) for handle in variables[1:])]
+    rounding = _outputs_rounding(trial, model, x, c)
     for k, (variable, gradient) in enumerate(zip(variables, found, strict=True)):
         what = "the input" if not k else f"{'AB'[(k - 1) % 2]} of part {(k - 1) // 2}"
         if gradient is None:
@@ -188,9 +183,10 @@ def dropout_gradients(trial: Trial) -> None:
         h = _cotangent(variable)
         with torch.no_grad():
             kept = variable.detach().clone()
-            variable += h
+            variable.copy_(kept + h)
             step = ((call() - y).double() * c.double()).sum()
-            allowed = _affine_budget(trial, trial.snapshot(model), x, h, c, variables)
+            # Two outputs, and a gradient along h, which is within one variable's way of both.
+            allowed = 3 * (rounding + _outputs_rounding(trial, model, x, c))
             variable.copy_(kept)
         slope = (gradient.double() * h.double()).sum()
         trial.close(slope, step, allowed, f"the gradient of {what} along a direction")
@@ -241,19 +237,15 @@ def _each_input(trial: Trial) -> None:
             )
 
 
-def _affine_budget(
-    trial: Trial, moved: Snapshot, x: Tensor, h: Tensor, c: Tensor, variables: Sequence[Tensor]
-) -> Tensor:
-    """Rounding of Σ c·Δy and Σ gradient·h together: at most four outputs' worth, kept ones scaled."""
+def _outputs_rounding(trial: Trial, model: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+    """The rounding of Σ c·y, the kept inputs of the branch being 1/(1 - p) times as large."""
     from harness import oracle, tolerance
 
-    base: nn.Module = trial.base()
-    wide = x.detach().double().abs() + (h.double().abs() if h.shape == x.shape else 0)
-    M = trial.call(oracle.magnitude(base, moved), wide / (1 - trial.case.dropout))
-    terms = c.numel() + sum(v.numel() for v in variables)
-    budget = tolerance.outputs(M, n=terms, dtype=trial.dtype, factor_dtype=trial.factor_dtype)
-    # The factors may have been larger before they moved by h: twice the magnitude covers both ends.
-    return 8 * (c.double().abs() * budget).sum()
+    absolute = x.detach().double().abs() / (1 - trial.case.dropout)
+    M = trial.call(oracle.magnitude(trial.base(), trial.snapshot(model)), absolute)
+    terms = c.numel() + x.numel() + trial.case.r
+    budget = tolerance.gradients(M, n=terms, dtype=trial.dtype, factor_dtype=trial.factor_dtype)
+    return (c.double().abs() * budget).sum()
 
 
 def _cotangent(like: Tensor) -> Tensor:
