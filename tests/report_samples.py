@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from datetime import date, timedelta
 
 FAMILIES = {
     "targeting": "exact-coverage unmatched-name-is-loud all-linear-leaves-the-head second-injection-is-loud-or-equal arguments-unchanged",
@@ -91,7 +92,7 @@ def results(outcomes=None, seed=0):
     for spec in SPECS:
         outcome = (outcomes or {}).get(spec, "passed")
         cases = chance.randint(1, 40)
-        used = chance.uniform(0.01, 0.7) if outcome == "passed" else 7.6
+        used = chance.uniform(0.01, 0.7)
         found.append(
             {
                 "spec": spec,
@@ -103,7 +104,7 @@ def results(outcomes=None, seed=0):
                 "reason": "merge/same-output fails" if outcome == "blocked" else None,
                 "cases": cases,
                 "failures": [failure()] if outcome in {"failed", "known"} else [],
-                "margins": [{"case": "dtype=float32", "used": used, "allowed": 1.0}],
+                "margins": [{"case": "dtype=float32", "used": used if outcome == "passed" else 7.6, "allowed": 1.0}],
             }
         )
     return found
@@ -115,8 +116,8 @@ def head(kind, name, *, day=1, **changes):
         "schema_version": 1,
         "kind": kind,
         "id": f"{kind}-{name}",
-        "started": f"2026-{1 + (day - 1) // 28 % 12:02}-{1 + (day - 1) % 28:02}T03:00:00Z",
-        "ended": f"2026-{1 + (day - 1) // 28 % 12:02}-{1 + (day - 1) % 28:02}T03:04:10Z",
+        "started": f"{date(2026, 1, 1) + timedelta(days=day)}T03:00:00Z",
+        "ended": f"{date(2026, 1, 1) + timedelta(days=day)}T03:04:10Z",
         "finished": True,
         "adapter": {"name": "peft", "version": "0.21.2"},
         "model": "tiny",

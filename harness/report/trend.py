@@ -152,6 +152,7 @@ class Tracer:
         self._runs: list[Run] = []
         self._series: dict[tuple[str, ...], Series] = {}
         self._ends: list[Report] = []
+        self._rows: dict[str, dict[tuple[str, ...], Mapping[str, Any]]] = {}
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -236,9 +237,8 @@ class Tracer:
         self, before: Report | None, after: Report, *, section: str, barred: Key | None
     ) -> None:
         index, name = len(self._runs) - 1, SECTIONS[section]
-        versions = repeats(after[section])
-        left = rows_by_identity(before[section], versions=versions) if before else {}
-        right = rows_by_identity(after[section], versions=versions)
+        right = rows_by_identity(after[section], versions=repeats(after[section]))
+        left, self._rows[section] = self._rows.get(section, {}), right
         value = seconds if section == "timings" else stored_value
         for key in dict.fromkeys([*left, *right]):
             old, new = left.get(key), right.get(key)
@@ -250,7 +250,7 @@ class Tracer:
                 lambda row=either: (name, title(row), place(row), row.get("unit")),
             )
             one.readings.append(value(new) if new else None)
-            if before is None or (old and new and _unmoved(old, new)):
+            if before is None or (old and new and _unmoved(section, old, new)):
                 continue
             row: Row = cost_row(
                 name, old, new, barred=barred, finished=bool(after["finished"]), run=before
@@ -261,8 +261,11 @@ class Tracer:
                 )
 
 
-def _unmoved(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return bool(old["value"] == new["value"]) and not new.get("paired")
+def _unmoved(section: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a row has no news: the same value or, of wall time, one that nobody judges."""
+    if section == "timings":
+        return not new.get("paired")
+    return bool(old["value"] == new["value"])
 
 
 def trace(reports: Iterable[Report]) -> Trend:

@@ -111,8 +111,12 @@ def named(report: Mapping[str, Any]) -> str:
         return plain(report["label"], limit=80)
     adapter = report.get("adapter") or {}
     parts = [adapter.get("name") or report["kind"], adapter.get("version"), report.get("model")]
-    moment = plain(report["started"], limit=16).replace("T", " ")
-    return f"{' '.join(plain(part, limit=40) for part in parts if part)}, {moment}"
+    return f"{' '.join(plain(part, limit=40) for part in parts if part)}, {moment(report)}"
+
+
+def moment(report: Mapping[str, Any]) -> str:
+    """When a run started, to the minute: `2026-11-21 03:00`."""
+    return plain(report["started"][:16]).replace("T", " ")
 
 
 def plural(count: int, noun: str) -> str:

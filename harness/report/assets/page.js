@@ -30,7 +30,14 @@
       else { ctx.moveTo(area.left, at); ctx.lineTo(area.right, at); }
       ctx.stroke();
       ctx.font = `600 11px ${Chart.defaults.font.family}`;
-      if (!upright) { ctx.textAlign = "right"; ctx.fillText(options.name, area.right - 4, at - 5); }
+      if (!upright) {
+        // On a backing of its own, so that it can be read over bars and lines.
+        const width = ctx.measureText(options.name).width;
+        ctx.fillStyle = color("--sheet");
+        ctx.fillRect(area.left + 3, at - 17, width + 6, 15);
+        ctx.fillStyle = color("--failed");
+        ctx.fillText(options.name, area.left + 6, at - 5);
+      }
       ctx.restore();
     },
   };
@@ -59,7 +66,7 @@
         legend: {
           display: spec.series.length > 1 && spec.kind !== "interval",
           position: "bottom",
-          labels: { color: color("--ink"), usePointStyle: true, boxHeight: 7, padding: 12 },
+          labels: { color: color("--ink"), usePointStyle: true, boxWidth: 8, boxHeight: 8, padding: 12 },
         },
         tooltip: { callbacks: { label: (item) => `${item.dataset.label}: ${number(item.parsed.y)}` } },
         limitLine: spec.limit ? { name: spec.limit[0], at: spec.limit[1] } : {},
@@ -85,7 +92,7 @@
       backgroundColor: hue(series, index),
       borderWidth: bar ? (many ? 0 : 1) : 2,
       borderDash: bar ? [] : DASHES[index % 7],
-      pointStyle: bar ? "rect" : many ? false : POINTS[index % 7],
+      pointStyle: bar ? "rect" : many ? "line" : POINTS[index % 7],
       pointRadius: many ? 0 : 4,
       spanGaps: true,
       maxBarThickness: 46,
