@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ class Case:
         """The case of a text form; raises `UsageError` on one that is none."""
         values: dict[str, object] = {}
         names = [item.name for item in fields(cls)]
-        for part in filter(None, text.split(",")):
+        for part in filter(None, re.split(r",(?=[a-z]+=)", text)):
             name, equals, value = part.partition("=")
             if not equals or name not in names:
                 raise UsageError(

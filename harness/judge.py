@@ -37,7 +37,7 @@ class Result:
         outcome: passed, failed, blocked, known, not_claimed or not_run.
         cases: at how many points it was judged.
         failures: one for each case at which it does not hold, in the order of the cases.
-        margin: the largest part of an error budget used, 0 to 1; None where nothing was compared.
+        margins: by case, the largest part of an error budget used, 0 to 1.
         notes: what is worth telling: by what it is blocked, why it was not run, what was vacuous.
         seconds: wall time, for information.
     """
@@ -47,14 +47,18 @@ class Result:
     outcome: Outcome
     cases: int = 0
     failures: list[Failure] = field(default_factory=list)
-    margin: float | None = None
+    margins: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """The record as JSON holds it."""
+        """The record as JSON holds it, with what the spec says, so that a report reads by itself."""
+        item = catalogue()[self.spec]
         return {
             **dataclasses.asdict(self),
+            "sentence": item.claim,
+            "why": item.why,
+            "source": list(item.source),
             "failures": [failure.as_dict() for failure in self.failures],
         }
 
@@ -123,7 +127,8 @@ class Judge:
     def _judge(self, item: Spec) -> Result:
         cases = [case for case in self._points.of(item) if self._claimed(case)]
         result = Result(spec=item.id, level=item.level, outcome="passed")
-        lacking = [feature for feature in item.features if feature not in self.claims["features"]]
+        claims = {*self.claims["features"], *self.claims["layers"]}
+        lacking = [feature for feature in item.features if feature not in claims]
         if lacking or not cases:
             result.outcome = "not_claimed"
             result.notes = [f"{', '.join(lacking)} is not claimed"] if lacking else []
@@ -188,7 +193,7 @@ class Judge:
         if answer.get("not_run"):
             result.notes.append(answer["not_run"])
         if answer["margin"] is not None:
-            result.margin = max(result.margin or 0.0, answer["margin"])
+            result.margins[answer["case"]] = answer["margin"]
         if answer["failure"]:
             told = {**answer["failure"], "looks_like": ()}
             told["reproduce"] = self._reproduce(item, told["case"])

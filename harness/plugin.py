@@ -17,13 +17,15 @@ import pytest
 from harness.errors import UsageError
 from harness.judge import Judge, Points
 from harness.session import Session
-from harness.spec import SPEC_VERSION, catalogue, select
+from harness.spec import SPEC_VERSION, select
+from harness.verdict import summary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from harness.adapter import Adapter
     from harness.judge import Result
+    from harness.report.schema import Recorder
     from harness.spec import Spec, Tier
 
 MARKERS = {
@@ -130,7 +132,7 @@ class SpecCase:
         judge = state.judge(self.adapter)
         result = judge.result(self.spec)
         judge.diagnose(result)
-        state.seen(result)
+        state.seen(self.adapter, result)
         if result.outcome == "failed":
             from harness.telling import failure_text
 
@@ -213,6 +215,7 @@ class _State:
         self.judges: dict[object, Judge] = {}
         self.sessions: list[Session] = []
         self.results: list[Result] = []
+        self.report: Recorder | None = None
 
     def judge(self, adapter: str | Adapter) -> Judge:
         """The judge of one implementation, started when first asked for."""
@@ -234,9 +237,12 @@ class _State:
             self.judges[key] = made
         return self.judges[key]
 
-    def seen(self, result: Result) -> None:
-        """Keep a result for the verdict at the end."""
+    def seen(self, adapter: str | Adapter, result: Result) -> None:
+        """Keep a result for the verdict at the end, and in the report."""
         self.results.append(result)
+        if self.report is not None:
+            name = adapter if isinstance(adapter, str) else adapter.name
+            self.report.add("results", {**result.as_dict(), "adapter": name})
 
     def close(self) -> None:
         """End every implementation's process."""
@@ -253,6 +259,19 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     state = session.config.stash[_STATE]
     state.config = session.config
     _ACTIVE.append(state)
+    if session.config.getoption("--report"):
+        from harness.report.schema import Recorder
+
+        try:
+            state.report = Recorder(
+                session.config.getoption("--report"),
+                kind="pytest",
+                model=session.config.getoption("--model"),
+                spec_version=SPEC_VERSION,
+                seed=0,
+            )
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 @pytest.hookimpl(trylast=True)
@@ -271,6 +290,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         and not _has_gpu()
     ):
         session.exitstatus = INCOMPLETE
+    if state.report is not None:
+        for key, value in summary(state.results).items():
+            state.report.set(key, value)
+        state.report.set(
+            "tests", {"collected": session.testscollected, "failed": session.testsfailed}
+        )
+        state.report.close(finished=exitstatus != pytest.ExitCode.INTERRUPTED)
     judged = [r for r in state.results if r.outcome in {"passed", "failed", "known"}]
     if config.getoption("--adapter") and exitstatus == pytest.ExitCode.OK and not judged:
         session.exitstatus = INCOMPLETE
@@ -321,4 +347,4 @@ def _cap(budget: int) -> None:
         torch.cuda.set_per_process_memory_fraction(budget / total)
 
 
-__all__ = ["SpecCase", "catalogue", "parametrize_with_specs"]
+__all__ = ["SpecCase", "parametrize_with_specs"]

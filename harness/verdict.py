@@ -135,7 +135,7 @@ def check(
         unclaimed = [] if only or case else judge.unclaimed()
     return Verdict(
         adapter={"name": judge.name, "version": judge.version},
-        **_summary(results),
+        **summary(results),
         results=results,
         unclaimed=unclaimed,
         environment=environment.collect(),
@@ -143,7 +143,8 @@ def check(
     )
 
 
-def _summary(results: Iterable[Result]) -> dict[str, Any]:
+def summary(results: Iterable[Result]) -> dict[str, Any]:
+    """The word, how many specs were required, and how many of them ran."""
     claimed = [r for r in results if r.outcome != "not_claimed"]
     required = [r for r in claimed if r.level == "MUST"]
     ran = [r for r in required if r.outcome in {"passed", "failed", "known"}]

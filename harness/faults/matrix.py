@@ -1,0 +1,230 @@
+"""The kill matrix: every planted fault judged by every spec of the core tier.
+
+              spec₁  spec₂  spec₃
+    fault₁      ✗      ·      ✓        ✗ kills   · blocked by a spec that kills   ✓ lets pass
+    fault₂      ✓      ✗      ✓
+
+Red is: a fault that survives, one that the spec named for it lets pass, a spec that no fault needs, a
+correct implementation that fails. `python -m harness.faults` makes it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from harness.case import Case
+from harness.judge import Judge
+from harness.session import Session
+from harness.spec import catalogue, select
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from harness.adapter import Adapter
+    from harness.judge import Result
+
+KILLS = "failed"
+MARGIN = 3.0
+"""How far a budget must lie from both sides: above every correct error, below every fault's."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Row:
+    """One implementation against every spec.
+
+    Attributes:
+        name: of the fault, or of the correct implementation.
+        killed_by: the spec named for the fault; empty for a correct implementation.
+        outcomes: by spec id.
+        used: by spec id and dtype, the largest part of a budget used; of a fault, only where it fails.
+        failures: by spec id, the first failure in words.
+        replays: rows of BUGS.md.
+    """
+
+    name: str
+    killed_by: str = ""
+    outcomes: dict[str, str] = field(default_factory=dict)
+    used: dict[str, dict[str, float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    replays: tuple[str, ...] = ()
+
+    @property
+    def killers(self) -> set[str]:
+        """The specs that fail it."""
+        return {id_ for id_, outcome in self.outcomes.items() if outcome == KILLS}
+
+
+@dataclass(slots=True, kw_only=True)
+class Matrix:
+    """All rows, and what is to be said of them."""
+
+    faults: list[Row]
+    correct: list[Row]
+    seconds: float = 0.0
+
+    def without(self, spec: str) -> Matrix:
+        """The matrix as if a spec were not there."""
+        return Matrix(
+            faults=[_without(row, spec) for row in self.faults],
+            correct=[_without(row, spec) for row in self.correct],
+        )
+
+    def problems(self) -> list[str]:
+        """What makes the matrix red, a line each; empty is green."""
+        found = []
+        judged = {id_ for row in (*self.faults, *self.correct) for id_ in row.outcomes}
+        for row in self.faults:
+            if not row.killers:
+                found.append(f"{row.name} survives")
+            elif row.killed_by not in row.killers:
+                by = ", ".join(sorted(row.killers))
+                found.append(
+                    f"{row.name} is named for {row.killed_by}, which lets it pass; killed by {by}"
+                )
+        found += [
+            f"{id_} has no fault that only it and its dependants kill"
+            for id_ in sorted(judged)
+            if not any(_is_own(row, id_) for row in self.faults)
+        ]
+        found += [
+            f"{row.name} is correct and fails {id_}"
+            for row in self.correct
+            for id_ in sorted(row.killers)
+        ]
+        return found
+
+    def margins(self) -> list[dict[str, Any]]:
+        """By spec and dtype: the largest error of a correct implementation, the smallest of a fault.
+
+        Both in units of the allowed error: correct ones lie below 1, faults above.
+        """
+        right: dict[tuple[str, str], float] = defaultdict(float)
+        for row in self.correct:
+            for id_, by_dtype in row.used.items():
+                for dtype, used in by_dtype.items():
+                    right[id_, dtype] = max(right[id_, dtype], used)
+        wrong: dict[tuple[str, str], float] = {}
+        for row in self.faults:
+            for dtype, used in row.used.get(row.killed_by, {}).items():
+                key = (row.killed_by, dtype)
+                wrong[key] = min(wrong.get(key, used), used)
+        return [
+            {
+                "spec": id_,
+                "dtype": dtype,
+                "correct": right[id_, dtype],
+                "fault": wrong.get((id_, dtype)),
+            }
+            for id_, dtype in sorted(right)
+        ]
+
+
+def _without(row: Row, spec: str) -> Row:
+    outcomes = {id_: outcome for id_, outcome in row.outcomes.items() if id_ != spec}
+    return Row(name=row.name, killed_by=row.killed_by, outcomes=outcomes)
+
+
+def _is_own(row: Row, spec: str) -> bool:
+    """Whether a fault is killed by this spec and, but for its dependants, by no other."""
+    return (
+        row.killed_by == spec and spec in row.killers and row.killers <= {spec, *dependants(spec)}
+    )
+
+
+def dependants(spec: str) -> set[str]:
+    """The specs that need this one, directly or not."""
+    known = catalogue()
+    found: set[str] = set()
+    for id_, item in known.items():  # needed ones come first
+        if spec in item.needs or found & set(item.needs):
+            found.add(id_)
+    return found
+
+
+def judge_one(name: str, adapter: str | Adapter, *, killed_by: str = "") -> Row:
+    """One row: every core spec, in a process of its own."""
+    row = Row(name=name, killed_by=killed_by)
+    with Session(adapter) as session:
+        judge = Judge(session)
+        for item in select((), "core").values():
+            _enter(row, judge.result(item))
+    return row
+
+
+def _enter(row: Row, result: Result) -> None:
+    row.outcomes[result.spec] = result.outcome
+    by_dtype: dict[str, float] = {}
+    if result.outcome == KILLS:
+        first = result.failures[0]
+        row.failures[result.spec] = (
+            f"{first.kind}: expected {first.expected}; actual {first.actual}"
+        )
+        for failure in result.failures:
+            if failure.measured is not None and failure.allowed:
+                dtype = Case.parse(failure.case).dtype
+                over = failure.measured / failure.allowed
+                by_dtype[dtype] = min(by_dtype.get(dtype, over), over)
+    else:
+        for case, used in result.margins.items():
+            dtype = Case.parse(case).dtype
+            by_dtype[dtype] = max(by_dtype.get(dtype, 0.0), used)
+    if by_dtype:
+        row.used[result.spec] = by_dtype
+
+
+def run(correct: Sequence[str], *, only: Iterable[str] = (), jobs: int = 2) -> Matrix:
+    """The matrix of all faults, or of some, and of the correct implementations named.
+
+    Each of `jobs` processes loads the libraries once and forks for each implementation it judges.
+    """
+    import time
+
+    started = time.monotonic()
+    parts = [
+        [sys.executable, "-m", "harness.faults", "--part", f"{k}/{jobs}", *_flags(correct, only)]
+        for k in range(jobs)
+    ]
+    with ThreadPoolExecutor(jobs) as pool:
+        done = list(pool.map(_part, parts))
+    rows = [Row(**row) for part in done for row in part]
+    return Matrix(
+        faults=[row for row in rows if row.killed_by],
+        correct=[row for row in rows if not row.killed_by],
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def _flags(correct: Sequence[str], only: Iterable[str]) -> list[str]:
+    return [*(f"--correct={name}" for name in correct), *(f"--only={name}" for name in only)]
+
+
+def _part(command: list[str]) -> list[dict[str, Any]]:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def judge_part(part: str, correct: Sequence[str], only: Sequence[str]) -> None:
+    """One process's share of the rows, a line of JSON each on standard output."""
+    from harness.faults.record import faults
+    from harness.registry import resolve
+
+    k, of = map(int, part.split("/"))
+    work: list[tuple[str, Any, str, tuple[str, ...]]] = [
+        (name, resolve, "", ()) for name in correct
+    ]
+    work += [
+        (fault.name, fault.make, fault.killed_by, fault.replays)
+        for fault in faults().values()
+        if not only or fault.name in only
+    ]
+    for name, make, killed_by, replays in work[k::of]:
+        adapter = make() if killed_by else make(name)
+        row = judge_one(name, adapter, killed_by=killed_by)
+        row.replays = replays
+        print(json.dumps(asdict(row)), flush=True)
