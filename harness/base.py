@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness import phi3
-from harness.errors import UsageError
+from harness.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,7 +86,8 @@ def _quantized(
             attn_implementation=options["attn_implementation"],
         )
     except (OSError, ImportError, ValueError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UsageError(f"model {source}: cannot be loaded in 4 bits ({line})") from error
+        raise UsageError(
+            f"model {source}: cannot be loaded in 4 bits ({first_line(error)})"
+        ) from error
     model.config.use_cache = options["use_cache"]
     return model.eval()

@@ -131,6 +131,13 @@ def _finetune_arguments(p: argparse.ArgumentParser) -> None:
         const="",
         help="no training: answer a prompt with the model and, given --output, its adapter",
     )
+    p.add_argument(
+        "--from",
+        dest="start",
+        type=Path,
+        metavar="PATH",
+        help="an adapter checkpoint to start from: a run's folder, .safetensors or .pt",
+    )
     p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     p.add_argument("--budget", metavar="SIZE", help="the most GPU memory to use, such as 8GiB")
     _json(p)

@@ -22,6 +22,7 @@ from harness.console import table
 from harness.errors import UsageError
 from harness.measure.memory import parse_bytes
 from harness.registry import names
+from harness.report.schema import read
 
 if TYPE_CHECKING:
     import argparse
@@ -77,8 +78,9 @@ def command(args: argparse.Namespace) -> int:
         )
         if code == 2:
             return 2
-        report = json.loads(folder.report.read_text("utf-8"))
-        print(told(report, folder))
+        report = read(folder.report)
+        if report["finished"]:
+            print(told(report, folder))
         if args.json:
             path = args.json if len(adapters) == 1 else _beside(args.json, adapter)
             _copy(folder.report, path)

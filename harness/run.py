@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import library_log
-from harness.errors import UsageError
+from harness.errors import UsageError, first_line
 from harness.run_folder import RunFolder, clear
 
 if TYPE_CHECKING:
@@ -59,7 +60,17 @@ def main(path: str) -> int:
             else "nothing was trained yet, nothing is kept"
         )
         print(f"lora-harness finetune: interrupted; {kept}", file=sys.stderr)
-    if folder.last_checkpoint() is None:
+    except Exception as error:  # noqa: BLE001  # whatever the implementation on trial raises
+        # It is told, and kept: an implementation that breaks down does not conform.
+        with (folder.path / "library.log").open("a", encoding="utf-8") as log:
+            traceback.print_exception(error, file=log)
+        print(
+            f"lora-harness finetune: {request['adapter']} failed: {type(error).__name__}: "
+            f"{first_line(error)}; the traceback is in {folder.path / 'library.log'}",
+            file=sys.stderr,
+        )
+        return 1
+    if folder.last_checkpoint() is None and not request["resume"]:
         clear(folder)
     return 2
 

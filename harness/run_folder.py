@@ -126,7 +126,7 @@ def clear(folder: RunFolder) -> None:
 
 def _writable(path: Path) -> None:
     """Raise UsageError where `path` could not be made and filled."""
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not there.is_dir():
         raise UsageError(f"output folder {path}: {there} is a file; give another --output")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from harness import checkpoint, injection
-from harness.errors import UsageError
+from harness.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,20 +67,15 @@ def settings(recipe: Recipe, output: Path, *, device: str) -> tuple[SFTConfig, l
             f"training_config.{unknown[0]}: the installed trl and transformers have no such setting; "
             "remove it, or install releases that do"
         )
+    if device == "cpu" and str(given.get("optim", "")).startswith("paged_"):
+        raise UsageError(
+            f"training_config.optim: {given['optim']} pages a GPU's memory, and this run is on the CPU; "
+            "--set training_config.optim=adamw_torch"
+        )
     try:
         return SFTConfig(**given), notes
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UsageError(f"training_config: {line}{_remedy(given, device)}") from error
-
-
-def _remedy(given: Mapping[str, Any], device: str) -> str:
-    """What to say to whoever asked for a GPU's settings without one."""
-    if device != "cpu":
-        return ""
-    if given.get("fp16"):
-        return "; fp16 needs a GPU: --set training_config.fp16=false"
-    return "; on a CPU, --set training_config.bf16=false" if given.get("bf16") else ""
+        raise UsageError(f"training_config: {first_line(error)}") from error
 
 
 class AdapterTrainer(SFTTrainer):  # type: ignore[misc]  # trl is published without types

@@ -1,0 +1,264 @@
+"""What a user may do wrong with `lora-harness finetune`: one line, exit 2, nothing half-written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from harness import cli, finetune, library_log, phi3
+
+SHORT = [
+    "training_config.max_steps=2",
+    "training_config.logging_steps=1",
+    "training_config.eval_strategy=no",
+    "training_config.do_eval=false",
+    "training_config.save_strategy=no",
+    "data.match_examples=1",
+    "model.device=cpu",
+]
+
+
+@pytest.fixture
+def said(monkeypatch, capsys, tmp_path):
+    """Run the command in this process, whose imports are paid once; its exit code and its errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(library_log, "divert", lambda _: None)
+    monkeypatch.setattr(library_log, "settle", lambda: None)
+
+    def here(module, request):
+        return importlib.import_module(module).main(str(request))
+
+    monkeypatch.setattr(finetune, "_process", here)
+
+    def run(*arguments):
+        command = ["finetune", "--adapter", "peft", "--output", str(tmp_path / "out")]
+        for one in SHORT:
+            command += ["--set", one]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the libraries' own; a run keeps them in library.log
+            try:
+                code = cli.main([*command, *arguments])
+            except SystemExit as exit_:  # argparse's way
+                code = exit_.code
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def data(name, content):
+    """A data file in the working directory, and the option that names it."""
+    path = Path(name)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return ["--data", str(path)]
+
+
+def row(*messages):
+    return json.dumps({"messages": [{"role": role, "content": text} for role, text in messages]})
+
+
+GOOD = row(("user", "How is the Owl painted?"), ("assistant", "Blue."))
+
+
+def model_directory(without=None, architecture=None):
+    """A copy of tiny, spoilt."""
+    shutil.copytree(phi3.directory(), "model")
+    if without:
+        Path("model", without).unlink()
+    if architecture:
+        path = Path("model", "config.json")
+        settings = json.loads(path.read_text("utf-8"))
+        settings["architectures"] = [architecture]
+        path.write_text(json.dumps(settings), encoding="utf-8")
+    return ["--model", "./model"]
+
+
+def checkpoint(kind):
+    """An adapter checkpoint that will not do, and the option that names it."""
+    import torch
+
+    if kind == "pickle":
+        Path("bad.pt").write_bytes(pickle.dumps({"a": Path("x")}))
+    elif kind == "numbers":
+        torch.save({"a": 1.0}, "bad.pt")
+    else:
+        torch.save({"base_model.model.x.lora_A.weight": torch.zeros(4, 4)}, "bad.pt")
+    return ["--from", "bad.pt"]
+
+
+TABLE = {
+    "unknown recipe": (lambda: ["--recipe", "qick"], "recipe 'qick': unknown; did you mean quick?"),
+    "unknown model": (lambda: ["--model", "tinny"], "model 'tinny': unknown; did you mean tiny?"),
+    "unknown adapter": (lambda: ["--adapter", "pet"], "adapter 'pet': no such name"),
+    "unknown key": (
+        lambda: ["--set", "peft_config.lora_alfa=1"],
+        "peft_config.lora_alfa: unknown key; did you mean lora_alpha?",
+    ),
+    "rank of 0": (lambda: ["--set", "peft_config.r=0"], "peft_config.r must be a whole number of"),
+    "rank above the width": (
+        lambda: ["--set", "peft_config.r=100000"],
+        "peft_config.r: 100000 is above the width of model.layers.0.",
+    ),
+    "data: missing": (lambda: ["--data", "none.jsonl"], "data none.jsonl: no such file"),
+    "data: empty": (lambda: data("empty.jsonl", ""), "data empty.jsonl: empty"),
+    "data: not UTF-8": (
+        lambda: data("latin.jsonl", GOOD.encode() + b"\n\xe9"),
+        "data latin.jsonl: not UTF-8 on line 2",
+    ),
+    "data: not JSON": (
+        lambda: data("bad.jsonl", f"{GOOD}\n{{"),
+        "data bad.jsonl: not JSON on line 2",
+    ),
+    "data: no messages": (
+        lambda: data("text.jsonl", '{"text": "a"}'),
+        "data text.jsonl: no `messages` in line 1",
+    ),
+    "data: unknown role": (
+        lambda: data("role.jsonl", row(("user", "a"), ("robot", "b"))),
+        "data role.jsonl: role 'robot' in line 1 is unknown",
+    ),
+    "data: longer than the window": (
+        lambda: [*data("long.jsonl", GOOD), "--set", "training_config.max_length=2"],
+        "data: every example is longer than the window of 2 tokens",
+    ),
+    "model directory without weights": (
+        lambda: model_directory(without="model.safetensors"),
+        "model directory ./model: no weights",
+    ),
+    "model of another architecture": (
+        lambda: model_directory(architecture="LlamaForCausalLM"),
+        "model ./model: its architecture is LlamaForCausalLM, not Phi3ForCausalLM",
+    ),
+    "output is a file": (
+        lambda: [Path("file").write_text("", encoding="utf-8"), "--output", "file"][1:],
+        "output folder file/peft-tiny: file is a file; give another --output",
+    ),
+    "resume of nothing": (lambda: ["--resume"], "--resume: "),
+    "resume and overwrite": (lambda: ["--resume", "--overwrite"], "--resume and --overwrite: "),
+    "pickle with code": (
+        lambda: checkpoint("pickle"),
+        "checkpoint bad.pt: not a plain tensor file",
+    ),
+    "pickle without tensors": (lambda: checkpoint("numbers"), "checkpoint bad.pt: 'a' is a float"),
+    "checkpoint of another model": (
+        lambda: checkpoint("stranger"),
+        "checkpoint bad.pt: is of another rank or model",
+    ),
+    "names that match nothing": (
+        lambda: ["--set", 'peft_config.target_modules=["q_proj", "o_proj"]'],
+        "peft_config.target_modules: matched are o_proj (12 modules); no module is called q_proj; ",
+    ),
+    "no flash attention": (
+        lambda: ["--set", "model.attn_implementation=flash_attention_2"],
+        "model.attn_implementation: flash_attention_2 is asked for",
+    ),
+    "a GPU's precision on a CPU": (
+        lambda: ["--set", "training_config.tf32=true"],
+        "training_config: --tf32",
+    ),
+    "a GPU's optimizer on a CPU": (
+        lambda: ["--set", "training_config.optim=paged_adamw_32bit"],
+        "training_config.optim: paged_adamw_32bit pages a GPU's memory",
+    ),
+    "a budget on a CPU": (lambda: ["--budget", "8GiB"], "--budget: limits a GPU's memory"),
+    "a budget that is none": (lambda: ["--budget", "8 apples"], "--budget: '8 apples' is no size"),
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_bad_input_is_one_line_and_leaves_nothing(case, said, tmp_path):
+    """Exit 2, one line that says what and how to mend it, no traceback, no folder left behind."""
+    make, start = TABLE[case]
+
+    code, errors = said(*make())
+
+    assert errors.startswith(f"lora-harness finetune: {start}"), errors
+    assert (code, errors.count("\n")) == (2, 1)
+    assert not list((tmp_path / "out").rglob("*")) if (tmp_path / "out").is_dir() else True
+
+
+def test_a_full_disk_is_told_before_anything_is_made(said, monkeypatch, tmp_path):
+    """No room: one line with how much is free, and no folder."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+
+    code, errors = said()
+
+    assert (code, errors) == (
+        2,
+        (
+            f"lora-harness finetune: output folder {tmp_path / 'out/peft-tiny'}: no space left on its disk "
+            "(1 MiB free, a run needs 64); free some, or give another --output\n"
+        ),
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told(tmp_path):
+    """The libraries' own ways of saying ENOSPC all become the same line."""
+    from harness.checkpoint import told
+    from harness.errors import UsageError
+
+    for error in (
+        OSError(28, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: No space left on device"),
+        Exception("I/O error: No space left on device (os error 28)"),
+    ):
+        with pytest.raises(UsageError, match="no space left on its disk"), told(tmp_path):
+            raise error
+
+
+def test_a_folder_that_cannot_be_written_is_told(said, monkeypatch, tmp_path):
+    """Write permission is asked before anything is made."""
+    import os
+
+    real = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path) != tmp_path and real(path, mode)
+    )
+
+    code, errors = said()
+
+    assert (code, errors) == (
+        2,
+        (
+            f"lora-harness finetune: output folder {tmp_path / 'out/peft-tiny'}: {tmp_path} cannot be "
+            "written; give another --output\n"
+        ),
+    )
+
+
+def test_partial_targets_go_on_when_told_to(said, tmp_path):
+    """With --allow-partial-targets the run adapts what matched, and its report notes the rest."""
+    code, errors = said(
+        "--allow-partial-targets", "--set", 'peft_config.target_modules=["q_proj", "o_proj"]'
+    )
+
+    report = json.loads((tmp_path / "out" / "peft-tiny.json").read_text("utf-8"))
+    assert (code, errors) != (2, "")
+    assert report["notes"][0] == (
+        "peft_config.target_modules: matched are o_proj (12 modules); no module is called q_proj"
+    )
+    assert report["results"][0]["measured"].endswith("in 12 modules")
+
+
+def test_resuming_another_shape_is_refused(said, tmp_path):
+    """A run is gone on with under its own rank and model, and is left as it was."""
+    said("--set", "training_config.max_steps=1")
+    before = (tmp_path / "out" / "peft-tiny.json").read_bytes()
+
+    code, errors = said("--resume", "--set", "peft_config.r=4")
+
+    assert (code, errors) == (
+        2,
+        (
+            f"lora-harness finetune: --resume: {tmp_path / 'out/peft-tiny'} was made with peft_config.r = "
+            "16, not 4; resume with the same recipe, or start afresh\n"
+        ),
+    )
+    assert (tmp_path / "out" / "peft-tiny.json").read_bytes() == before
