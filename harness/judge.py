@@ -60,6 +60,7 @@ class Result:
             "why": item.why,
             "source": list(item.source),
             "failures": [failure.as_dict() for failure in self.failures],
+            "margins": [{"case": case, "used": used} for case, used in self.margins.items()],
         }
 
 
