@@ -22,7 +22,7 @@ KINDS = (
     Case(dtype="bfloat16"),
     Case(dtype="float16"),
     Case(specimen="embedding"),
-    Case(specimen="fused-unequal"),
+    Case(specimen="fused"),
 )
 
 
@@ -263,8 +263,9 @@ def odd_names(trial: Trial) -> None:
 
 
 def _reload_saved_module(trial: Trial) -> None:
-    """`foo` trained whole beside `foobar`, `weight_proj` likewise, in two models."""
-    config = trial.config(target_modules=("v_proj",), modules_to_save=("foo", "weight_proj"))
+    """`foo` trained whole beside `foobar`, and `weight_proj`, in two models."""
+    whole = ("foo", "foobar", "weight_proj")
+    config = trial.config(target_modules=("v_proj",), modules_to_save=whole)
     given = trial.inputs()
     source, other = trial.inject(config=config), trial.inject(config=config, seed=1)
     _disturb(source, seed=1)

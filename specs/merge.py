@@ -36,7 +36,6 @@ EACH_LAYER = (
     Case(specimen="conv2d"),
     Case(specimen="grouped"),
     Case(specimen="fused"),
-    Case(specimen="fused-unequal"),
 )
 
 
@@ -213,6 +212,7 @@ def same_output(trial: Trial) -> None:
     needs=("merge/same-output",),
     cases=(
         *EACH_LAYER,
+        Case(specimen="fused-unequal"),
         Case(specimen="bare", way="autocast"),
         Case(specimen="bare", dtype="bfloat16", way="faint"),
         Case(specimen="bare", dtype="float16", way="faint"),

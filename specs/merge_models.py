@@ -47,6 +47,37 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @spec(
+    "merge/keeps-saved-modules",
+    claim="Merging MUST keep the modules that were trained whole.",
+    why="A merged model with the base's old head answers as if the head had never been trained.",
+    source=(
+        "BUGS 29",
+        "https://github.com/unslothai/unsloth/issues/3454",
+        "https://github.com/huggingface/peft/issues/322",
+    ),
+    features=("merge", "modules_to_save"),
+    needs=("merge/same-output", "checkpoint/complete"),
+    cases=(Case(specimen="stack"),),
+)
+def keeps_saved_modules(trial: Trial) -> None:
+    """Train `foobar` whole beside an adapter, and compare the outputs before and after."""
+    import torch
+
+    given = trial.inputs()
+    model = trial.inject(config=trial.config(modules_to_save=("foobar",)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    factors = trial.randomize(model)
+    before = trial.call(model, given)
+    trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
+
+    budget = 2 * trial.budget(trial.base(), factors, given)
+    trial.close(trial.call(model, given), before, budget, "merged output, as unmerged")
+
+
+@spec(
     "merge/tied-weights",
     claim="Merging into a weight that two modules share MUST change the adapted one alone, or raise.",
     why="With tied embeddings a head that was adapted would change what every token looks like.",
