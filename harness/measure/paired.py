@@ -1,0 +1,286 @@
+"""Two sides timed against each other in the same minutes, until the question is answered.
+
+    round 1:  first ▏second      round 2:  second ▏first      round 3:  first ▏second  …
+              └ log(second / first) of each round ┘ ──▶ median, interval ──▶ better same worse
+
+Each side is a process of its own with an interpreter of its own; while one works the other waits.
+Blocks are short, so that a neighbour's burst hits both halves of a round or is one outlier among
+hundreds, and order alternates, so that what depends on it cancels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from harness.errors import UsageError
+from harness.measure.interval import LOOKS, Interval, Verdict, decide, median_interval
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Phase = Literal["training-step", "evaluation-forward", "merged-forward"]
+BLOCK_SECONDS = 0.02
+"""How long one side works before the other does: two or three steps of a tiny model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """What one side runs, and in which interpreter.
+
+    Attributes:
+        adapter: name, entry point or `pkg.module:factory`.
+        python: the interpreter; another one may hold other library versions.
+        slowdown: planted: 0.05 keeps every step busy for five per cent longer.
+    """
+
+    adapter: str
+    python: str = sys.executable
+    model: str = "tiny"
+    phase: Phase = "training-step"
+    r: int = 8
+    dtype: str = "float32"
+    batch: int = 1
+    sequence: int = 16
+    device: str = "cpu"
+    threads: int = 1
+    slowdown: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairing:
+    """The answer: the second side's time over the first's.
+
+    Attributes:
+        verdict: of the second side against the first.
+        ratio: median of the rounds' ratios; 1.05 is five per cent slower.
+        low: lower bound of the interval, which takes all looks into account.
+        high: upper bound.
+        rounds: rounds run.
+        seconds: from the start of the processes to the answer.
+        samples: median seconds of a step in each round, first side then second.
+        note: why it is inconclusive, where it is more than noise.
+    """
+
+    verdict: Verdict
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+    seconds: float
+    samples: tuple[tuple[float, float], ...] = field(repr=False)
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON holds it; a bound that is not known is null."""
+        known = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in asdict(self).items()
+        }
+        return known | {"samples": [list(pair) for pair in self.samples]}
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        if self.note:
+            return f"{self.verdict}: {self.note}"
+        change = (self.ratio - 1) * 100
+        return (
+            f"{self.verdict}: {change:+.2f} % time "
+            f"[{(self.low - 1) * 100:+.2f}, {(self.high - 1) * 100:+.2f}], "
+            f"{self.rounds} rounds, {self.seconds:.0f} s"
+        )
+
+
+def compare(
+    first: Side, second: Side, *, seconds: float = 45.0, margin: float = 0.02, error: float = 0.05
+) -> Pairing:
+    """Time the second side against the first for at most `seconds`, start-up included.
+
+    A side that dies, hangs or raises makes the answer inconclusive and says so.
+
+    Raises:
+        UsageError: an interpreter that is not there, or bounds that leave no room for an answer.
+    """
+    if seconds <= 0 or not 0 < margin < 1:
+        raise UsageError(
+            f"paired timing: {seconds:g} s and a margin of {margin:g} answer nothing; "
+            "give a time above zero and a margin such as 0.02"
+        )
+    began = time.monotonic()
+    deadline = began + seconds
+    ratios: list[float] = []
+    samples: list[tuple[float, float]] = []
+
+    def finish(verdict: Verdict, found: Interval, note: str = "") -> Pairing:
+        return Pairing(
+            verdict=verdict,
+            ratio=math.exp(found.middle),
+            low=math.exp(found.low),
+            high=math.exp(found.high),
+            rounds=len(ratios),
+            seconds=time.monotonic() - began,
+            samples=tuple(samples),
+            note=note,
+        )
+
+    with _Process(first, "first") as one, _Process(second, "second") as two:
+        try:
+            for process in (one, two):
+                process.answer(deadline)
+            steps = _steps(one, two, deadline)
+            longest = 0.0
+            while time.monotonic() + longest < deadline:
+                start = time.monotonic()
+                # The pattern first-second, second-first cancels what drifts in a straight line.
+                order = (one, two) if len(ratios) % 2 == 0 else (two, one)
+                took = {process: process.run(steps, deadline) for process in order}
+                samples.append((took[one], took[two]))
+                ratios.append(math.log(took[two] / took[one]))
+                longest = max(longest, time.monotonic() - start)
+                if len(ratios) in LOOKS:
+                    verdict, found = decide(ratios, margin=margin, error=error)
+                    if verdict != "inconclusive":
+                        return finish(verdict, found)
+        except _Lost as lost:
+            nothing = median_interval(ratios, error / (len(LOOKS) + 1))
+            return finish("inconclusive", nothing, str(lost))
+    verdict, found = decide(ratios, margin=margin, error=error)
+    note = "" if ratios else f"{seconds:g} s were over before the first round"
+    return finish(verdict, found, note)
+
+
+def _steps(one: _Process, two: _Process, deadline: float) -> int:
+    """How many steps make a block: warms both sides up, and measures them."""
+    for process in (one, two):
+        process.run(5, deadline)
+    step = median(process.run(5, deadline) for process in (one, two))
+    return max(1, round(BLOCK_SECONDS / step))
+
+
+class _Lost(Exception):  # noqa: N818  # it says what became of a side
+    """A side that will not answer any more: why."""
+
+
+class _Process:
+    """A side's process, from the outside."""
+
+    def __init__(self, side: Side, name: str) -> None:
+        self._name = f"the {name} side ({side.adapter})"
+        here = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+        threads = str(side.threads)
+        try:
+            self._process = subprocess.Popen(
+                [side.python, "-m", "harness.measure.side"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                # One hash seed for both: the order of a set is no difference between them.
+                env={
+                    **os.environ,
+                    "PYTHONPATH": path,
+                    "PYTHONHASHSEED": "0",
+                    "OMP_NUM_THREADS": threads,
+                    "MKL_NUM_THREADS": threads,
+                    "TOKENIZERS_PARALLELISM": "false",
+                },
+            )
+        except OSError as error:
+            raise UsageError(
+                f"--python {side.python}: cannot be run ({error.strerror}); give an interpreter "
+                "that has torch, transformers and the implementation"
+            ) from None
+        self._pending = b""
+        self._say({k: v for k, v in asdict(side).items() if k != "python"})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def run(self, steps: int, deadline: float) -> float:
+        """Median seconds of a step, in a block of `steps`."""
+        self._say({"steps": steps})
+        return median(self.answer(deadline)["seconds"])
+
+    def answer(self, deadline: float) -> dict[str, Any]:
+        """The next line; raises `_Lost` where there will be none."""
+        stream = self._process.stdout
+        assert stream is not None
+        while b"\n" not in self._pending:
+            left = deadline - time.monotonic()
+            ready, _, _ = select.select([stream], [], [], max(0.0, left))
+            if not ready:
+                raise _Lost(f"{self._name} hangs: no answer when the time was up")
+            chunk = os.read(stream.fileno(), 1 << 16)
+            if not chunk:
+                raise _Lost(f"{self._name} died{self._how()}")
+            self._pending += chunk
+        line, _, self._pending = self._pending.partition(b"\n")
+        said: dict[str, Any] = json.loads(line)
+        if "error" in said:
+            raise _Lost(f"{self._name} raised {said['error']}")
+        return said
+
+    def _say(self, words: dict[str, Any]) -> None:
+        stream = self._process.stdin
+        assert stream is not None
+        try:
+            stream.write(json.dumps(words).encode() + b"\n")
+            stream.flush()
+        except BrokenPipeError:
+            raise _Lost(f"{self._name} died{self._how()}") from None
+
+    def _how(self) -> str:
+        try:
+            code = self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return ""
+        if code < 0:
+            return f" of {signal.Signals(-code).name}"
+        return f" with exit code {code}"
+
+
+def rows(
+    pairing: Pairing, first: Side, second: Side, versions: Sequence[str | None] = (None, None)
+) -> list[dict[str, Any]]:
+    """Report rows of both sides; the second holds the answer."""
+    conditions = {
+        key: value
+        for key, value in asdict(second).items()
+        if key not in {"adapter", "python", "model", "phase"}
+    }
+    sides = []
+    for k, (side, version) in enumerate(zip((first, second), versions, strict=True)):
+        samples = [pair[k] for pair in pairing.samples]
+        sides.append(
+            {
+                "subject": side.adapter,
+                "version": version,
+                "model": side.model,
+                "phase": side.phase,
+                "conditions": conditions,
+                "metric": "seconds",
+                "value": median(samples) if samples else None,
+                "unit": "s",
+                "samples": samples,
+            }
+        )
+    answer = pairing.as_dict()
+    sides[1]["paired"] = {
+        "against": first.adapter,
+        **{key: answer[key] for key in ("verdict", "ratio", "low", "high", "rounds", "note")},
+    }
+    return sides
