@@ -195,6 +195,23 @@ def updates(
     return model(noise, truth, coarse) + (steps + 1) * unit_roundoff(factor_dtype) * stored.abs()
 
 
+def combined(magnitude: Tensor, *, r: int, factor_dtype: torch.dtype) -> Tensor:
+    """The budget of a weighted sum of ΔWs that is stored as one pair of factors.
+
+    Concatenated factors cost three roundings for each entry (weight times scaling, times B, stored) and
+    the product's own. A sum that is factored anew, by an SVD, is backward stable: its error is bounded
+    by the size of the whole, not of each element (Higham, section 3.5). The larger bound is allowed.
+
+    Args:
+        magnitude: float64, Σ |weight|·|scaling|·|B|·|A|.
+        r: the ranks together.
+        factor_dtype: of the factors.
+    """
+    whole = magnitude.norm() / magnitude.numel() ** 0.5
+    u = unit_roundoff(factor_dtype)
+    return torch.maximum(magnitude, whole) * (4 * u + accumulation(r + 4, factor_dtype))
+
+
 def smallest(dtype: torch.dtype) -> float:
     """The smallest normal number: what underflow may take from any term."""
     return float(torch.finfo(dtype).tiny)

@@ -6,6 +6,7 @@ one step replaced: see `harness.faults`.
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -309,7 +310,9 @@ class Reference:
 
     @contextmanager
     def disable(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the base acts, merged or not; trained biases stay, they are the base's own."""
+        """Inside, the base acts, merged or not; it warns where trained biases, the base's own, stay."""
+        if self.config(model).bias != "none":
+            warnings.warn("disable: the trained biases are the base's own, and act", stacklevel=3)
         before = [(wrapper, wrapper.enabled) for wrapper in self.wrappers(model)]
         for wrapper, _ in before:
             wrapper.enabled = False

@@ -1,0 +1,317 @@
+"""Several adapters on one base: which one acts, and what the others keep."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from harness.case import Case
+from harness.failure import fail
+from harness.spec import spec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from harness.adapter import LoraConfig
+    from harness.oracle import Snapshot
+    from harness.trial import Trial
+
+DESIGN = "DESIGN.md, multi_adapter"
+
+
+@spec(
+    "several/switch",
+    claim="Adding an adapter MUST change no output, and activating one MUST make that one alone act.",
+    why="Serving or training one adapter with another's update in it is wrong without a sign of it.",
+    source=(DESIGN, "BUGS 97", "https://github.com/huggingface/peft/pull/2466"),
+    needs=("forward/equals-oracle",),
+    features=("multi_adapter",),
+    cases=(
+        Case(),
+        Case(specimen="fused"),
+        Case(specimen="embedding"),
+        Case(specimen="tiny"),
+    ),
+    more_cases=(Case(specimen="stack"), Case(specimen="tiny-gqa"), Case(dtype="bfloat16")),
+)
+def switch(trial: Trial) -> None:
+    """Judge outputs: the first alone, the second fresh, the second with factors, the first again."""
+    base, x = trial.base(), trial.inputs()
+    bare = trial.call(base, x)
+    model = trial.adapted(base)
+    alone = trial.call(model, x)
+    adapter: Any = trial.adapter
+    adapter.add(model, "second", trial.config())
+    trial.unmerged(model)
+    trial.same_bits(trial.call(model, x), alone, "outputs after adding a second adapter")
+    activate(trial, model, "second")
+    trial.same_bits(trial.call(model, x), bare, "outputs of a fresh second adapter")
+    factors = trial.randomize(model, seed=1)
+    base = trial.base()
+    truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
+    trial.close(trial.call(model, x), truth, budget, "output of the second adapter")
+    activate(trial, model, "default")
+
+    trial.same_bits(trial.call(model, x), alone, "outputs after the first is activated again")
+
+
+@spec(
+    "several/other-settings",
+    claim="A second adapter with another rank, alpha and targets MUST act by its own settings.",
+    why="Adapters are trained apart, each with settings of its own.",
+    source=(
+        DESIGN,
+        "BUGS 35, 81, 85, 104",
+        "https://github.com/huggingface/peft/pull/1111",
+        "https://github.com/huggingface/peft/pull/2539",
+    ),
+    needs=("several/switch", "targeting/exact-coverage"),
+    features=("multi_adapter",),
+    cases=(
+        Case(specimen="stack", way="names"),
+        Case(specimen="tiny", way="all-linear"),
+        Case(specimen="stack", way="fewer"),
+    ),
+)
+def other_settings(trial: Trial) -> None:
+    """Judge which modules the second adapts, its scaling, and its outputs."""
+    from harness import tolerance
+
+    base, x = trial.base(), trial.inputs()
+    second = _second_config(trial)
+    model = trial.adapted(base)
+    alone = trial.call(model, x)
+    adapter: Any = trial.adapter
+    adapter.add(model, "second", second)
+    activate(trial, model, "second")
+    factors = trial.randomize(model, seed=1)
+    base = trial.base()
+    wanted = set(second.targets(base))
+    if set(factors) != wanted:
+        missing, extra = sorted(wanted - set(factors)), sorted(set(factors) - wanted)
+        fail(
+            "names",
+            expected=f"the second adapter on its own {len(wanted)} targets",
+            actual=f"missing {missing[:3]}, extra {extra[:3]}",
+        )
+    for name, parts in factors.items():
+        for f in parts:
+            allowed = tolerance.setting(second.scaling)
+            trial.close(number(f.scaling), number(second.scaling), allowed, f"scaling of {name}")
+            if len(f.A) != second.r:
+                fail("count", expected=f"rank {second.r}", actual=f"{len(f.A)}", where=name)
+    truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
+    trial.close(trial.call(model, x), truth, budget, "output of the second adapter")
+    activate(trial, model, "default")
+
+    trial.same_bits(trial.call(model, x), alone, "outputs after the first is activated again")
+
+
+def _second_config(trial: Trial) -> LoraConfig:
+    targets: Any = {
+        "names": ("foo", "foobar", "weight_proj"),
+        "all-linear": "all-linear",
+        "fewer": ("v_proj",),
+    }[trial.case.way]
+    return trial.config(r=5, lora_alpha=2.0, target_modules=targets)
+
+
+def number(value: float) -> Tensor:
+    """A number as a tensor, to compare it as one."""
+    import torch
+
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@spec(
+    "several/isolation",
+    claim="Training, saving, loading, deleting or adding one adapter MUST leave the others' values and "
+    "trainability as they were.",
+    why="An adapter that another's call has frozen, freed or overwritten is lost, and nobody looks there.",
+    source=(
+        DESIGN,
+        "BUGS 89",
+        "https://github.com/huggingface/peft/issues/899",
+        "https://github.com/huggingface/peft/pull/905",
+    ),
+    needs=("several/switch", "training/loss-goes-down", "checkpoint/round-trip-bits"),
+    features=("multi_adapter",),
+    cases=(
+        Case(way="train-free"),
+        Case(way="save-free"),
+        Case(way="save-frozen"),
+        Case(way="load-free"),
+        Case(way="load-frozen"),
+        Case(way="delete-free"),
+        Case(way="delete-frozen"),
+        Case(way="add-free"),
+        Case(way="add-frozen"),
+        Case(specimen="tiny", way="train-free"),
+    ),
+    more_cases=(
+        Case(specimen="embedding", way="train-free"),
+        Case(specimen="fused", way="train-free"),
+        Case(specimen="stack", way="load-frozen"),
+    ),
+)
+def isolation(trial: Trial) -> None:
+    """Judge three adapters, one of them frozen; the one that something is done to comes first or last."""
+    from harness import descent
+
+    act, _, actor = trial.case.way.partition("-")
+    order = ("frozen", "free") if actor == "free" else ("free", "frozen")
+    model = trial.adapted()
+    adapter: Any = trial.adapter
+    for seed, name in enumerate(order, start=1):
+        adapter.add(model, name, trial.config(), trainable=name != "frozen")
+        activate(trial, model, name)
+        trial.randomize(model, seed=seed)
+    before = {name: _look(trial, model, name) for name in ("default", *order)}
+    for name, (_, trains) in before.items():
+        if trains is (name == "frozen"):
+            fail(
+                "state",
+                expected=f"an adapter added with trainable={name != 'frozen'} to be so when it acts",
+                actual=f"its factors {'need' if trains else 'need no'} gradients",
+                where=name,
+            )
+    _do(trial, model, act, actor)
+
+    changes = {actor} if act != "save" else set()
+    for name, (values, trains) in before.items():
+        if name in changes and act != "add":
+            continue
+        now, trains_now = _look(trial, model, name)
+        for where, (old, new) in descent.pairs(values, now):
+            trial.same_bits(new, old, f"{where} of {name} after {act} of {actor}")
+        if trains_now is not trains:
+            fail(
+                "state",
+                expected=f"{name} {'trainable' if trains else 'frozen'}, as before {act} of {actor}",
+                actual="trainable" if trains_now else "frozen",
+                where=name,
+            )
+
+
+def _do(trial: Trial, model: nn.Module, act: str, actor: str) -> None:
+    """Do something to one adapter."""
+    adapter: Any = trial.adapter
+    if act == "add":
+        adapter.add(model, "new", trial.config(), trainable=actor == "free")
+    elif act == "delete":
+        activate(trial, model, "default")
+        adapter.delete(model, actor)
+    else:
+        activate(trial, model, actor)
+        if act == "train":
+            _train(model, trial.inputs())
+        elif act == "load":
+            state = {key: value.clone() for key, value in adapter.state_dict(model).items()}
+            trial.randomize(model, seed=9)
+            adapter.load_state_dict(model, state)
+        else:
+            adapter.state_dict(model)
+            if trial.claims("save"):
+                adapter.save(model, trial.folder())
+
+
+def _train(model: nn.Module, given: Any) -> None:
+    """Two AdamW steps, with decay, over everything that the model has."""
+    import torch
+
+    from harness import specimen
+
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        specimen.loss(model, given).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+
+@spec(
+    "several/only-the-active-trains",
+    claim="While one adapter acts, no other's factors SHOULD be trainable.",
+    why="An optimizer made of what is trainable would hold, and a strategy that spreads parameters over "
+    "devices would wait for, factors that never get a gradient.",
+    source=("BUGS 89", "https://github.com/huggingface/peft/issues/899"),
+    needs=("several/isolation",),
+    features=("multi_adapter",),
+    cases=(Case(way="added"), Case(way="activated")),
+)
+def only_the_active_trains(trial: Trial) -> None:
+    """Judge the trainable elements after adding a second adapter, and after activating it."""
+    from harness import storage
+
+    model = trial.adapted()
+    adapter: Any = trial.adapter
+    adapter.add(model, "second", trial.config())
+    if trial.case.way == "activated":
+        activate(trial, model, "second")
+    ours = storage.elements(storage.handles(trial.factors(model)))
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not storage.covered(parameter, ours):
+            fail(
+                "state",
+                expected="only factors of the adapter that acts to be trainable",
+                actual=f"a parameter of {parameter.numel()} elements is trainable too",
+                where=name,
+            )
+
+
+@spec(
+    "several/unknown-name-is-loud",
+    claim="Activating, deleting or combining an adapter that does not exist MUST raise, and change "
+    "nothing.",
+    why="A misspelt name that is let through serves another adapter, or none.",
+    source=(DESIGN, "BUGS P19"),
+    needs=("several/switch",),
+    features=("multi_adapter",),
+    cases=(Case(way="activate"), Case(way="delete"), Case(way="combine")),
+)
+def unknown_name_is_loud(trial: Trial) -> None:
+    """Judge that it raises, and that the outputs stay."""
+    act = trial.case.way
+    if act == "combine" and not trial.claims("combine"):
+        trial.notes.append("combine is not claimed")
+        return
+    x = trial.inputs()
+    model = trial.adapted()
+    adapter: Any = trial.adapter
+    adapter.add(model, "second", trial.config())
+    before = trial.call(model, x)
+    arguments: tuple[Any, ...] = ("secund",)
+    if act == "combine":
+        arguments = (["second", "secund"], [0.5, 0.5], "both")
+    try:
+        getattr(adapter, act)(model, *arguments)
+    except Exception:  # noqa: BLE001  # any exception is loud
+        trial.unmerged(model)
+        trial.same_bits(trial.call(model, x), before, f"outputs after {act} of an unknown name")
+        return
+    fail("silent", expected=f"{act} of an unknown adapter to raise", actual="nothing was raised")
+
+
+def activate(trial: Trial, model: nn.Module, name: str) -> None:
+    """Activate, and set the state in which outputs are compared."""
+    adapter: Any = trial.adapter
+    adapter.activate(model, name)
+    trial.unmerged(model)
+
+
+def _look(trial: Trial, model: nn.Module, name: str) -> tuple[Snapshot, bool]:
+    """An adapter's values, and whether its factors train, while it acts."""
+    from harness import storage
+
+    activate(trial, model, name)
+    factors = trial.factors(model)
+    trained = storage.elements(p for p in model.parameters() if p.requires_grad)
+    trains = {storage.covered(t, trained) == t.numel() for t in storage.handles(factors)}
+    if len(trains) > 1:
+        fail(
+            "state",
+            expected="all factors of an adapter trainable, or none",
+            actual="some are",
+            where=name,
+        )
+    return trial.snapshot(model), trains.pop()
