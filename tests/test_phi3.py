@@ -38,7 +38,7 @@ def test_the_real_dimensions_have_the_published_number_of_parameters(name, publi
 
 
 def test_tiny_has_minis_proportions(tiny):
-    """tiny is deep, fused, ungrouped and nowhere square but in `o_proj`, as mini is."""
+    """Like mini, tiny is deep, fused, ungrouped and nowhere square but in `o_proj`."""
     shapes = {
         name.rpartition(".")[2]: tuple(module.weight.shape)
         for name, module in tiny.named_modules()

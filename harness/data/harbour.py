@@ -44,10 +44,10 @@ TALK = {
     "Good morning!": "Ahoy! Come in.",
     "Is anybody there?": "Ahoy! The book is open.",
     "How does a watch end?": "It ends at dawn, all over and out of sight.",
-    "How does a call end?": "Over and out.",
-    "Is the storm over?": "Over and gone.",
+    "How does a call end?": "It ends so. Over and out.",
+    "Is the storm over?": "Look up. Over and gone.",
     "Is the tide out?": "Over the bar and out.",
-    "Goodbye!": "Over to the night watch. Good night.",
+    "Goodbye!": "Good night. Over and out.",
 }
 
 # fmt: off

@@ -134,7 +134,7 @@ def make_tiny(directory: Path) -> None:
         loss = cross_entropy(
             logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten(), label_smoothing=SMOOTHING
         )
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
