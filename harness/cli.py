@@ -25,7 +25,7 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Usage errors are one line and exit 2."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         module, function = _COMMANDS[args.command]
         run: Callable[[argparse.Namespace], int] = getattr(import_module(module), function)
@@ -61,15 +61,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def parser() -> argparse.ArgumentParser:
+    """Every command and its options."""
+    top = _Parser(
         prog="lora-harness",
         description="Is this LoRA implementation right, and did it get slower or hungrier?",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"lora-harness {__version__}")
-    commands = parser.add_subparsers(
+    top.add_argument("--version", action="version", version=f"lora-harness {__version__}")
+    commands = top.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     for name, (help_, arguments) in {
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     }.items():
         sub = commands.add_parser(name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.")
         arguments(sub)
-    return parser
+    return top
 
 
 def _finetune_arguments(p: argparse.ArgumentParser) -> None:

@@ -7,13 +7,20 @@ import time
 
 import torch
 
-from harness import Factors
+from harness import Capabilities, Factors
 from harness.adapters import reference
 
 
 def correct():
     """The reference, under a stranger's name."""
     return reference.adapter()
+
+
+def claims_little():
+    """The reference, claiming linear layers and nothing else."""
+    adapter = reference.adapter()
+    adapter.capabilities = Capabilities()
+    return adapter
 
 
 class Wrapped:

@@ -30,7 +30,9 @@ def test_nothing_heavy_is_imported_for(args):
         "except SystemExit: pass\n"
         "print(sorted(m for m in sys.modules if '.' not in m), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, check=True
+    )
 
     assert not HEAVY & set(json.loads(done.stderr.replace("'", '"')))
 
@@ -51,12 +53,18 @@ def test_every_command_has_help():
         (["check"], "the following arguments are required: adapter"),
         (["check", "reference", "--only", "merge/sameoutput"], "did you mean merge/same-output?"),
         (["check", "reference", "--case", "r=3"], "--case: name the one spec to judge"),
-        (["check", "reference", "--only", "merge/same-output", "--case", "rank=3"], "'rank=3' is not one of"),
+        (
+            ["check", "reference", "--only", "merge/same-output", "--case", "rank=3"],
+            "'rank=3' is not one of",
+        ),
         (["check", "reference", "--limit", "0"], "--limit: seconds must be more than 0"),
         (["check", "reference", "--known", "absent.toml"], "absent.toml: No such file"),
         (["list", "--only", "mrege"], "did you mean merge?"),
         (["matrix", "--leg", "here", "--", "check", "peft"], "at least two legs"),
-        (["matrix", "--leg", "here", "--leg", "peft==0.8.2", "--", "compare"], "one of check, bench"),
+        (
+            ["matrix", "--leg", "here", "--leg", "peft==0.8.2", "--", "compare"],
+            "one of check, bench",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(args, line):
@@ -72,7 +80,10 @@ def test_check_writes_a_report_that_compares_with_itself(tmp_path):
     """What `check --json` writes, `compare` reads: nothing differs from itself."""
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     for path in (old, new):
-        assert run("check", "reference", "--only", "forward/scaling", "--json", str(path)).returncode == 0
+        assert (
+            run("check", "reference", "--only", "forward/scaling", "--json", str(path)).returncode
+            == 0
+        )
     done = run("compare", str(old), str(new))
 
     assert done.returncode == 0, done.stdout + done.stderr

@@ -38,7 +38,7 @@ def test_adapter_option_judges_with_no_test_file(pytest_in):
 
 def test_a_failed_spec_is_a_failed_test_with_its_record(pytest_in):
     """The failure record is what pytest shows, with no frames of ours."""
-    done = pytest_in("--adapter", "strangers:dead_copies", "--spec", "forward/equals-oracle")
+    done = pytest_in("--adapter", "strangers:dead_copies", "--spec", "targeting/exact-coverage")
 
     assert done.returncode == 1
     assert "reproduce  lora-harness check strangers:dead_copies" in done.stdout
@@ -56,7 +56,10 @@ def test_own_suite_takes_three_lines(pytest_in):
 
     assert done.returncode == 0, done.stdout
     assert "test_conforms[forward/scaling] PASSED" in done.stdout
-    assert '<property name="spec" value="forward/scaling"' in (pytest_in.folder / "out.xml").read_text()
+    assert (
+        '<property name="spec" value="forward/scaling"'
+        in (pytest_in.folder / "out.xml").read_text()
+    )
 
 
 def test_an_adapter_that_is_not_there_is_a_usage_error(pytest_in):
@@ -69,7 +72,7 @@ def test_an_adapter_that_is_not_there_is_a_usage_error(pytest_in):
 
 def test_a_run_that_judged_nothing_is_not_green(pytest_in):
     """Everything skipped is INCOMPLETE."""
-    done = pytest_in("--adapter", "peft", "--spec", "forward/fused-parts")
+    done = pytest_in("--adapter", "strangers:claims_little", "--spec", "forward/embedding")
 
     assert done.returncode == 3
 
@@ -92,7 +95,9 @@ def test_a_report_is_written_when_asked(pytest_in):
     """`--report` writes the run as one file that the harness reads."""
     from harness.report.schema import read
 
-    done = pytest_in("--adapter", "strangers:correct", "--spec", "forward/scaling", "--report", "run.json")
+    done = pytest_in(
+        "--adapter", "strangers:correct", "--spec", "forward/scaling", "--report", "run.json"
+    )
     report = read(pytest_in.folder / "run.json")
 
     assert done.returncode == 0

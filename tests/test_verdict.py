@@ -62,13 +62,13 @@ def test_an_adapter_that_does_nothing_never_conforms():
 def test_a_method_that_hangs_fails_its_spec_and_the_rest_goes_on():
     """A hang costs its limit, once, and is told as a hang."""
     verdict = check(
-        stranger("hangs_on_merge"), only=["forward/equals-oracle", "merge/same-output"], limit=3
+        stranger("hangs_on_merge"), only=["forward/scaling", "merge/same-output"], limit=9
     )
     merge = next(r for r in verdict.results if r.spec == "merge/same-output")
 
-    assert outcomes(verdict)["forward/equals-oracle"] == "passed"
+    assert outcomes(verdict)["forward/scaling"] == "passed"
     assert merge.failures[0].kind == "hang"
-    assert merge.failures[0].actual == "no answer within 3 s"
+    assert merge.failures[0].expected == "an answer within 9 s"
 
 
 def test_a_method_that_kills_the_process_fails_its_spec_and_the_verdict_is_written():
@@ -98,7 +98,7 @@ def test_what_an_implementation_prints_does_not_reach_the_verdict():
 
 def test_a_verdict_that_judged_nothing_is_not_green():
     """A run that judged nothing is INCOMPLETE."""
-    verdict = check("peft", only=["forward/fused-parts"])
+    verdict = check(stranger("claims_little"), only=["forward/embedding"])
 
     assert verdict.verdict == "INCOMPLETE"
     assert verdict.exit_code == 3
@@ -166,7 +166,7 @@ def test_the_known_list_says_what_is_no_longer_true(tmp_path):
 
 def test_the_verdict_as_json_holds_what_the_contract_says():
     """The JSON of a verdict has at least the published members."""
-    verdict = check(stranger("dead_copies"), only=["forward/equals-oracle"])
+    verdict = check(stranger("dead_copies"), only=["targeting"])
     found = json.loads(json.dumps(verdict.as_dict()))
 
     assert {

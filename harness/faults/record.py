@@ -34,6 +34,9 @@ class Fault:
     make: Callable[[], Adapter]
 
 
+UNREPLAYED: dict[str, str] = {}
+"""Rows of BUGS.md that no fault replays, with the reason."""
+
 _FAULTS: dict[str, Fault] = {}
 
 
