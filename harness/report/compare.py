@@ -130,7 +130,7 @@ def _spec_rows(old: Mapping[str, Any], new: Mapping[str, Any], barred: Key | Non
     for spec, adapter in dict.fromkeys([*left, *right]):
         before, after = left.get((spec, adapter)), right.get((spec, adapter))
         verdict, why = judge_spec(before, after, finished=bool(new["finished"]))
-        if barred is not None and verdict not in {"added", "removed"}:
+        if barred is not None:
             verdict, why = "incomparable", bar(barred)
         yield Row(
             section="spec",

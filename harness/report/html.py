@@ -112,7 +112,7 @@ def render(page: Page) -> str:
         style=_asset("page.css"),
         script=_asset("page.js"),
         library=_asset("chart.umd.min.js").split("\n//# sourceMappingURL")[0],
-    )
+    ).lstrip()
     return text
 
 

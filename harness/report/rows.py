@@ -227,7 +227,10 @@ def cost_row(
     new = None if after is None else value(after)
     verdict: Verdict | None
     ratio, low, high = _ratio(old, new), None, None
-    if after is None:
+    if barred is not None and barred.name in {"kind", "model"}:
+        # Of unlike runs, a row that only one side has is no news.
+        verdict, why = "incomparable", bar(barred)
+    elif after is None:
         verdict, why = ("removed", "no longer measured") if finished else _unfinished()
     elif before is None:
         verdict, why = "added", "newly measured"

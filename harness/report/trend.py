@@ -220,7 +220,7 @@ class Tracer:
             if before is None or old == new:
                 continue
             verdict, why = judge_spec(old, new, finished=bool(after["finished"]))
-            if barred is not None and verdict not in {"added", "removed"}:
+            if barred is not None:
                 verdict, why = "incomparable", bar(barred)
             if verdict != "same":
                 one.changes.append(

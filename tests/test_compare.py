@@ -1,0 +1,429 @@
+"""Two reports side by side: which rows get which of the seven words, and why."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import report_samples as samples
+
+from harness.cli import main
+from harness.errors import UsageError
+from harness.report.compare import compare, parse_words
+from harness.report.rows import VERDICTS, cost_row, judge_spec
+from harness.report.schema import parse
+from harness.report.terminal import tell
+
+
+def whole(report):
+    """The report as `read` returns it."""
+    return parse(json.dumps(report).encode(), name=report["id"])
+
+
+def of(verdict, found):
+    """The rows that have a verdict, by section, name and place."""
+    return {(row.section, row.name, row.where) for row in found.rows if row.verdict == verdict}
+
+
+# ── rows ──
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ("passed", "passed", "same"),
+        ("passed", "failed", "worse"),
+        ("passed", "known", "worse"),
+        ("passed", "blocked", "inconclusive"),
+        ("passed", "not_run", "removed"),
+        ("passed", "not_claimed", "removed"),
+        ("passed", None, "removed"),
+        ("failed", "passed", "better"),
+        ("failed", "failed", "same"),
+        ("failed", "known", "same"),
+        ("failed", "blocked", "inconclusive"),
+        ("failed", None, "removed"),
+        ("known", "passed", "better"),
+        ("known", "failed", "worse"),
+        ("blocked", "failed", "worse"),
+        ("blocked", "passed", "added"),
+        ("not_run", "not_claimed", "same"),
+        ("not_claimed", "passed", "added"),
+        (None, "passed", "added"),
+        (None, "failed", "worse"),
+    ],
+)
+def test_outcomes_are_judged(before, after, verdict):
+    """Each change of a spec's outcome has its word; one no longer judged is as loud as a failure."""
+    result = lambda outcome: outcome and {"spec": "a/b", "outcome": outcome}  # noqa: E731
+
+    assert judge_spec(result(before), result(after), finished=True)[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict", "why"),
+    [
+        (["r=8"], ["r=8", "r=4"], "worse", "still fails, on 1 further case"),
+        (["r=8", "r=4"], ["r=8"], "better", "still fails, on 1 case less"),
+        (["r=8"], ["r=8"], "same", "still fails"),
+        (["r=8"], ["r=4"], "worse", "still fails, on 1 further case"),
+    ],
+)
+def test_a_spec_that_still_fails_is_judged_by_its_cases(before, after, verdict, why):
+    """A spec that failed and fails is worse where a further case fails."""
+    result = lambda cases: {  # noqa: E731
+        "outcome": "failed",
+        "failures": [samples.failure(case=case) for case in cases],
+    }
+
+    assert judge_spec(result(before), result(after), finished=True) == (verdict, why)
+
+
+def test_a_spec_judged_on_fewer_cases_is_removed():
+    """A spec that passes on fewer cases than before has lost some."""
+    result = lambda cases: {"outcome": "passed", "cases": cases}  # noqa: E731
+
+    assert judge_spec(result(40), result(3), finished=True) == (
+        "removed",
+        "judged on 3 of 40 cases",
+    )
+    assert judge_spec(result(3), result(40), finished=True)[0] == "same"
+
+
+def cost(value, **changes):
+    return {"subject": "peft", "metric": "bytes", "value": value, "unit": "B"} | changes
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        (100, 100, "same"),
+        (100, 101, "worse"),
+        (100, 99, "better"),
+        (100, None, "removed"),
+        (None, 100, "added"),
+        (100, "NaN", "inconclusive"),
+    ],
+)
+def test_counters_are_compared_exactly(before, after, verdict):
+    """One byte more is worse, one less better, none of either."""
+    row = lambda value: value and cost(value)  # noqa: E731
+
+    assert cost_row("counter", row(before), row(after)).verdict == verdict
+
+
+def test_a_row_may_say_which_way_is_better():
+    """Throughput that rises is better; a count that must not change is worse either way."""
+    higher, equal = {"better": "higher"}, {"better": "equal"}
+
+    assert cost_row("counter", cost(1), cost(2, **higher)).verdict == "better"
+    assert cost_row("counter", cost(2), cost(1, **equal)).verdict == "worse"
+
+
+def test_memory_is_exact_on_the_cpu_and_within_a_step_on_a_gpu():
+    """2 MiB, the step of CUDA's allocator, is nothing on a GPU and worse on the CPU."""
+    on = lambda device, size: cost(size, conditions={"device": device})  # noqa: E731
+    verdict = lambda device, more: (  # noqa: E731
+        cost_row("memory", on(device, 10**9), on(device, 10**9 + more)).verdict
+    )
+
+    assert verdict("cpu", 1) == "worse"
+    assert verdict("cuda:0", 2 * 2**20) == "same"
+    assert verdict("cuda:0", 2 * 2**20 + 1) == "worse"
+
+
+def test_wall_time_is_judged_only_where_it_was_paired():
+    """Ten times slower in another hour says nothing; a pair says what it found."""
+    paired = {"verdict": "worse", "ratio": 1.07, "low": 1.04, "high": 1.1}
+
+    alone = cost_row("timing", cost(1.0), cost(10.0))
+    pair = cost_row("timing", cost(1.0), cost(1.0, paired=paired))
+    third = cost_row("timing", cost(1.0), cost(1.0, paired=paired | {"against": "loralib 0.1.2"}))
+    assert (alone.verdict, alone.ratio) == (None, 10.0)
+    assert (pair.verdict, pair.low, pair.high) == ("worse", 1.04, 1.1)
+    assert third.verdict is None
+
+
+def test_what_varies_is_shown_and_not_judged():
+    """A row that says it is not exact is never better or worse."""
+    assert cost_row("memory", cost(1), cost(2, exact=False)).verdict is None
+
+
+# ── reports ──
+
+
+def test_equal_runs_are_the_same_in_every_row():
+    """Twenty pairs of runs that differ in clocks alone: no row worse, better or anything else."""
+    for seed in range(20):
+        old, new = samples.bench("old", seed=seed), samples.bench("new", seed=seed + 100)
+        new["timings"] = [row | {"value": row["value"] * 1.3} for row in new["timings"]]
+
+        found = compare(whole(old), whole(new))
+        assert {word for word, count in found.counts.items() if count} == {"same", "shown"}
+        assert found.exit_code(VERDICTS[:2]) == 0
+
+
+def test_a_planted_fault_differs_in_its_rows_alone():
+    """One spec fails and what needs it is blocked: these rows are told, and no other."""
+    old = whole(samples.check("old"))
+    new = whole(samples.check("new", {"merge/same-output": "failed", "merge/no-drift": "blocked"}))
+
+    found = compare(old, new)
+    assert of("worse", found) == {("spec", "merge/same-output", "")}
+    assert of("inconclusive", found) == {("spec", "merge/no-drift", "")}
+    assert found.counts["same"] == len(samples.SPECS) - 2
+    assert found.exit_code(("worse", "removed")) == 1
+
+
+def test_a_planted_cost_differs_in_its_row_alone():
+    """One operation more in one cell of the grid is the one row that is worse."""
+    old, new = whole(samples.bench("old")), whole(samples.bench("new"))
+    new["counters"][9]["value"] += 1
+
+    found = compare(old, new)
+    assert of("worse", found) == {
+        (
+            "counter",
+            "base training-step flops",
+            "mini-4k, r=8, dtype=bfloat16, batch=1, sequence=2048, device=cuda:0",
+        )
+    }
+    assert found.counts["better"] == 0
+
+
+def test_a_vanished_spec_fails_like_a_failed_one():
+    """With the default words, a spec that is gone exits 1 as one that fails does."""
+    old, new = whole(samples.check("old")), whole(samples.check("new"))
+    gone = new["results"].pop()
+
+    found = compare(old, new)
+    assert of("removed", found) == {("spec", gone["spec"], "")}
+    assert found.exit_code(("worse", "removed")) == 1
+
+
+def test_an_unfinished_run_has_lost_nothing_yet():
+    """What a cut-off run had no time for is inconclusive, not removed."""
+    old, new = whole(samples.check("old")), whole(samples.check("new", finished=False))
+    new["results"].pop()
+
+    found = compare(old, new)
+    assert (found.counts["removed"], found.counts["inconclusive"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "ruled_out"),
+    [
+        ({"model": "medium-4k"}, "model", {"spec", "counter", "memory", "timing"}),
+        ({"adapter": {"name": "loralib", "version": "0.1.2"}}, "adapter", {"spec"}),
+    ],
+)
+def test_unlike_runs_are_incomparable_key_by_key(change, key, ruled_out):
+    """Another model rules out every row, another implementation the specs, and both are named."""
+    old, new = whole(samples.small("old")), whole(samples.small("new") | change)
+
+    found = compare(old, new)
+    assert [one.name for one in found.keys if not one.same and one.rules_out] == [key]
+    barred = {row.section for row in found.rows if row.verdict == "incomparable"}
+    assert barred == ruled_out
+    assert all(
+        row.why.startswith(f"{key} differs") for row in found.rows if row.verdict == "incomparable"
+    )
+
+
+def test_rows_of_another_model_are_incomparable_and_not_removed():
+    """Where the model differs, rows that only one side has are no news of their own."""
+    old, new = samples.bench("old"), samples.bench("new", model="tiny")
+    for section in ("counters", "timings", "memory"):
+        new[section] = [row | {"model": "tiny"} for row in new[section]]
+
+    found = compare(whole(old), whole(new))
+    assert {word for word, count in found.counts.items() if count} == {"incomparable"}
+    assert found.exit_code(("worse", "removed")) == 3
+
+
+def test_another_machine_rules_out_memory_and_not_counters():
+    """Memory is not compared across machines; what does not vary is."""
+    old, new = samples.bench("old"), samples.bench("new")
+    new["environment"]["machine"]["cpu"] = "another"
+
+    found = compare(whole(old), whole(new))
+    assert {row.section for row in found.rows if row.verdict == "incomparable"} == {
+        "memory",
+        "timing",
+    }
+    assert {row.section for row in found.rows if row.verdict == "same"} == {"counter"}
+
+
+def test_another_version_is_told_and_rules_out_nothing():
+    """That a library changed is what a comparison is for."""
+    old, new = samples.check("old"), samples.check("new")
+    new["environment"] = samples.environment(peft="0.22.0")
+
+    found = compare(whole(old), whole(new))
+    differing = [(one.name, one.old, one.new) for one in found.keys if not one.same]
+    assert differing == [("peft", "0.21.2", "0.22.0")]
+    assert found.counts["incomparable"] == 0
+
+
+def test_several_versions_in_one_report_stay_apart():
+    """Where one report measures two versions of one thing, their rows do not mix."""
+    rows = [cost(10, version="1"), cost(20, version="2")]
+    old = whole(samples.head("matrix", "old") | {"counters": rows})
+    new = whole(samples.head("matrix", "new") | {"counters": rows[::-1]})
+
+    assert compare(old, new).counts["same"] == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "fail_on", "code"),
+    [
+        ([("passed", "passed")], "worse,removed", 0),
+        ([("passed", "failed")], "worse,removed", 1),
+        ([("passed", "failed")], "none", 0),
+        ([("passed", None)], "worse", 0),
+        ([("passed", "blocked")], "worse,removed", 0),
+        ([("passed", "blocked"), ("passed", "passed")], "worse,inconclusive", 3),
+        ([("passed", "blocked"), ("passed", "failed")], "worse,inconclusive", 1),
+        ([(None, "passed")], "added", 1),
+        ([], "worse", 3),
+    ],
+)
+def test_exit_codes(rows, fail_on, code):
+    """1 for a word asked about, 3 where the question stays open or nothing was judged, else 0."""
+    reports = [samples.head("check", name) | {"results": []} for name in ("old", "new")]
+    for index, outcomes in enumerate(rows):
+        for report, outcome in zip(reports, outcomes, strict=True):
+            if outcome:
+                report["results"].append({"spec": f"a/{index}", "outcome": outcome})
+    # A blocked row alone judges nothing; a passing one beside it does.
+    if rows and rows[0][1] == "blocked" and code == 0:
+        for report in reports:
+            report["results"].append({"spec": "a/other", "outcome": "passed"})
+
+    assert compare(*map(whole, reports)).exit_code(parse_words(fail_on)) == code
+
+
+@pytest.mark.parametrize("text", ["wrose", "worse,gone", "", ","])
+def test_an_unknown_word_of_fail_on_is_told(text):
+    """A word that is none of the seven is refused, with the seven."""
+    with pytest.raises(UsageError, match=r"--fail-on: .*; give some of worse, removed"):
+        parse_words(text)
+
+
+def test_the_frame_has_every_row():
+    """As a table of pandas, a comparison has a line a row."""
+    found = compare(whole(samples.small("old")), whole(samples.small("new")))
+
+    frame = found.frame()
+    assert len(frame) == len(found.rows)
+    assert frame["verdict"].value_counts()["same"] == found.counts["same"]
+
+
+# ── the command ──
+
+
+def test_the_terminal_is_told_the_worst_first(tmp_path, capsys):
+    """What differs in circumstance, then the rows by loudness, then the sum."""
+    old = samples.check("old")
+    new = samples.check("new", {"merge/same-output": "failed"})
+    new["environment"] = samples.environment(peft="0.22.0")
+    new["results"] = [one for one in new["results"] if one["spec"] != "forward/conv2d"]
+
+    code = main(["compare", *map(str, samples.write(tmp_path, old, new))])
+    assert code == 1
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "old  peft 0.21.2 tiny, 2026-01-02 03:00",
+        "new  peft 0.21.2 tiny, 2026-01-02 03:00",
+        "",
+        "circumstance     old     new  rules out",
+        "────────────  ──────  ──────  ─────────",
+        "peft          0.21.2  0.22.0  nothing",
+        "",
+        "verdict  row                where  old     new     why",
+        "───────  ─────────────────  ─────  ──────  ──────  ───────────────",
+        "worse    merge/same-output         passed  failed  passed → failed",
+        "removed  forward/conv2d            passed  –       no longer there",
+        "",
+        "1 worse, 1 removed, 71 same",
+    ]
+
+
+def test_a_pair_is_told_with_its_interval():
+    """A paired time is shown as a ratio between its ends."""
+    old, new = whole(samples.bench("old")), whole(samples.bench("new"))
+    new["timings"][0]["paired"] = {"verdict": "worse", "ratio": 1.07, "low": 1.04, "high": 1.1}
+
+    assert "paired: 1.070 times, 1.040 to 1.100" in tell(compare(old, new))
+
+
+def test_the_same_run_twice_is_refused(tmp_path, capsys):
+    """A file against itself, or against its copy, is no comparison."""
+    (path,) = samples.write(tmp_path, samples.check())
+
+    assert main(["compare", str(path), str(path)]) == 2
+    assert "the same run as" in capsys.readouterr().err
+
+
+def test_one_report_is_too_few(tmp_path, capsys):
+    """One report, or a folder with one, asks for a second."""
+    samples.write(tmp_path, samples.check())
+
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "1 report to compare, and two are needed" in capsys.readouterr().err
+
+
+def test_every_output_is_written(tmp_path, capsys):
+    """Markdown, JSON and HTML each land where they were asked for; JSON is a report."""
+    old, new = samples.small("old"), samples.small("new")
+    paths = samples.write(tmp_path, old, new)
+    out = tmp_path / "out"
+
+    code = main(
+        ["compare", *map(str, paths), "--json", str(out / "c.json")]
+        + ["--markdown", str(out / "c.md"), "--html", str(out / "c.html")]
+    )
+    capsys.readouterr()
+    assert code == 0
+    written = json.loads((out / "c.json").read_text())
+    assert written["kind"] == "compare"
+    assert written["comparison"]["counts"]["worse"] == 0
+    assert written["finished"] is True
+    assert (out / "c.md").read_text().startswith("## 🟢")
+    assert (out / "c.html").read_text().startswith("<!doctype html>")
+
+
+def test_an_output_that_cannot_be_written_is_told(tmp_path, capsys):
+    """An unwritable page is one line and exit 2."""
+    paths = samples.write(tmp_path, samples.small("old"), samples.small("new"))
+
+    assert main(["compare", *map(str, paths), "--html", str(paths[0] / "x.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_neither_torch_nor_pandas_is_loaded(tmp_path):
+    """Comparing two files loads nothing that takes a second to load."""
+    paths = samples.write(tmp_path, samples.small("old"), samples.small("new"))
+    code = (
+        "import sys; from harness.cli import main; main(sys.argv[1:]);"
+        "print(sorted({'torch', 'transformers', 'pandas', 'jinja2'} & sys.modules.keys()))"
+    )
+
+    said = subprocess.run(
+        [sys.executable, "-c", code, "compare", *map(str, paths)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.splitlines()[-1] == "[]"
+
+
+def test_reports_are_left_as_they_were():
+    """Comparing changes neither report."""
+    old, new = whole(samples.small("old")), whole(samples.small("new"))
+    before = copy.deepcopy((old, new))
+
+    compare(old, new)
+    assert (old, new) == before
