@@ -93,6 +93,7 @@ def make_tokenizer(directory: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": 2048,
         "padding_side": "right",
+        "model_input_names": ["input_ids", "attention_mask"],  # no token_type_ids for Phi-3
         "bos_token": "<s>",
         "eos_token": "<|endoftext|>",
         "unk_token": "<unk>",
