@@ -226,8 +226,9 @@ def weight_equals_oracle(trial: Trial) -> None:
 
     base = _layer(trial)
     model = trial.inject(_layer(trial))
-    faint = trial.case.way == "faint"
-    factors = trial.randomize(model, effect=3e-3 if faint else 0.5)
+    # Small updates show what is lost of the update, and what autocast takes from W.
+    effect = {"faint": 3e-3, "autocast": 3e-2}.get(trial.case.way, 0.5)
+    factors = trial.randomize(model, effect=effect)
     delta, magnitude = _delta(base, factors)
     autocast = trial.case.way == "autocast"
     # Under autocast ΔW may be computed in half precision; W itself may not.

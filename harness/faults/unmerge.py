@@ -1,0 +1,253 @@
+"""Adapters that do not come back from a merge, or change what is not theirs on the way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.adapters.reference import Reference
+from harness.adapters.wrapped import Adapted, Whole
+from harness.faults.merge import InPlace, with_layer
+from harness.faults.record import fault
+
+if TYPE_CHECKING:
+    from harness.adapter import Adapter
+
+RESTORES = "merge/restores-base"
+
+
+class Subtracts(InPlace):
+    """Unmerges by taking ΔW out again, as the factors have it now."""
+
+    def taken_out(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
+        """W less ΔW, rounded once."""
+        return self.merge_weight(weight, -delta, rows)
+
+    def unmerge(self) -> None:
+        """W - ΔW, written into the base's own tensor."""
+        if self.kept:
+            before: Any = self.kept.pop()
+            if "bias" in self.base._parameters:
+                self.base.bias = before.bias
+            weight: Any = self.base.weight
+            with torch.no_grad():
+                for branch in self.branches:
+                    weight.copy_(self.taken_out(weight, branch.delta(self.base), branch.rows))
+
+
+class Unscaled(Subtracts):
+    def taken_out(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
+        return super().taken_out(weight, delta / self.branches[0].scaling, rows)
+
+
+@fault(
+    sin="Unmerging takes out B·A without its scaling.",
+    killed_by=RESTORES,
+    replays=("21", "38"),
+    varies="alpha is not r",
+)
+def unmerges_without_scaling() -> Adapter:
+    return with_layer(Unscaled)
+
+
+class Flagged(Adapted):
+    def unmerge(self) -> None:
+        if any(bool(branch.lora_A.any() and branch.lora_B.any()) for branch in self.branches):
+            super().unmerge()
+
+
+@fault(
+    sin="A layer is flagged as merged although nothing was folded, and never unflagged.",
+    killed_by=RESTORES,
+    replays=("9",),
+    varies="an adapter that is still zero",
+)
+def stays_merged_where_nothing_was_folded() -> Adapter:
+    return with_layer(Flagged)
+
+
+class CastOnceMore(Subtracts):
+    def taken_out(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
+        return super().taken_out(weight, delta.to(weight.dtype).to(delta.dtype), rows)
+
+
+@fault(
+    sin="Unmerging rounds ΔW to the base's dtype and merging does not: each cycle leaves the rest.",
+    killed_by="merge/no-drift",
+    replays=("38",),
+    varies="half precision, and many cycles",
+)
+def unmerges_a_rounded_update() -> Adapter:
+    return with_layer(CastOnceMore)
+
+
+class MergesAgain(Reference):
+    def merge(self, model: nn.Module) -> None:
+        for layer in self.layers(model).values():
+            if layer.branches:
+                merged = layer.merged()
+                layer.kept, layer.base = layer.kept or [layer.base], merged
+
+
+@fault(
+    sin="Merging what is merged adds ΔW again.",
+    killed_by="merge/idempotent",
+    replays=("1",),
+    varies="a second merge",
+)
+def merges_twice() -> Adapter:
+    return MergesAgain()
+
+
+class ShiftsNorms(Reference):
+    def merge(self, model: nn.Module) -> None:
+        super().merge(model)
+        with torch.no_grad():
+            for module in model.modules():
+                if "norm" in type(module).__name__.lower():
+                    module.weight += 1  # type: ignore[operator]  # a norm has one
+
+
+@fault(
+    sin="Each merge adds one to the weights of the norms.",
+    killed_by="merge/only-targets-change",
+    replays=("27",),
+    varies="a model with norms",
+)
+def each_merge_shifts_the_norms() -> Adapter:
+    return ShiftsNorms()
+
+
+class KnownOnes(Reference):
+    def merge(self, model: nn.Module) -> None:
+        super().merge(model)
+        for path, layer in self.layers(model).items():
+            if layer.kept and not path.endswith("proj"):
+                layer.base = layer.kept[0]
+
+
+@fault(
+    sin="Only layers of a known kind are merged; the others lose their adapter.",
+    killed_by="merge/only-targets-change",
+    replays=("22",),
+    varies="targets of several kinds",
+)
+def merges_only_layers_it_knows() -> Adapter:
+    return KnownOnes()
+
+
+@fault(
+    sin="Merging writes into the weight that a tied module shares.",
+    killed_by="merge/tied-weights",
+    replays=("14",),
+    varies="tied embeddings",
+)
+def merges_into_the_shared_tensor() -> Adapter:
+    return with_layer(InPlace)
+
+
+class DropsBias(Adapted):
+    def merge_bias(
+        self, weight: Tensor, bias: Tensor | None, delta: Tensor | None, rows: slice | None
+    ) -> Tensor | None:
+        return bias if bias is None else super().merge_bias(weight, bias, delta, rows)
+
+
+@fault(
+    sin="The trained bias on B is dropped where the base has none.",
+    killed_by="merge/bias-scaled",
+    replays=("17",),
+    varies="lora_bias on a base without biases",
+)
+def drops_the_bias_of_a_bare_layer() -> Adapter:
+    return with_layer(DropsBias)
+
+
+class UnscaledBias(Adapted):
+    def merge_bias(
+        self, weight: Tensor, bias: Tensor | None, delta: Tensor | None, rows: slice | None
+    ) -> Tensor | None:
+        plain = None if delta is None else delta / self.branches[0].scaling
+        return super().merge_bias(weight, bias, plain, rows)
+
+
+@fault(
+    sin="The trained bias on B is merged without its scaling.",
+    killed_by="merge/bias-scaled",
+    replays=("17", "21"),
+    varies="lora_bias, alpha is not r",
+)
+def merges_the_bias_unscaled() -> Adapter:
+    return with_layer(UnscaledBias)
+
+
+class ChecksLate(Reference):
+    def merge(self, model: nn.Module) -> None:
+        for layer in self.layers(model).values():
+            if layer.branches and not layer.kept:
+                layer.merge(layer.merged())
+
+
+@fault(
+    sin="Each layer is checked when its turn comes: a bad one leaves those before it merged.",
+    killed_by="merge/refuses-nan",
+    replays=("37",),
+    varies="a NaN in the last of several layers",
+)
+def checks_for_nan_after_merging_others() -> Adapter:
+    return ChecksLate()
+
+
+class DropsWhole(Reference):
+    def merge(self, model: nn.Module) -> None:
+        super().merge(model)
+        for module in model.modules():
+            if isinstance(module, Whole):
+                module.enabled = False
+
+
+@fault(
+    sin="A merged model has the base's modules in the place of those trained whole.",
+    killed_by="merge/keeps-saved-modules",
+    replays=("29",),
+    varies="modules_to_save",
+)
+def drops_saved_modules_when_merging() -> Adapter:
+    return DropsWhole()
+
+
+class ForgetsWhenDecoding(Adapted):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        one_token = x.dim() == 3 and x.shape[1] == 1
+        for branch in self.branches if self.kept and one_token else ():
+            y = self.add(y, branch(self.base, x), branch.rows)
+        return y
+
+
+@fault(
+    sin="The fast path for one token adds the branch although it is merged.",
+    killed_by="merge/same-generation",
+    replays=("26",),
+    varies="decoding with a cache",
+)
+def decoding_forgets_that_it_is_merged() -> Adapter:
+    return with_layer(ForgetsWhenDecoding)
+
+
+class NeverAsks(Reference):
+    def require_unmerged(self, model: nn.Module, verb: str) -> None:
+        if verb != "activate":
+            super().require_unmerged(model, verb)
+
+
+@fault(
+    sin="Another adapter is activated over one that is merged, whose update stays baked in.",
+    killed_by="merge/while-merged",
+    replays=("42",),
+    varies="two adapters, the first merged",
+)
+def leaves_a_merged_adapter_baked_in() -> Adapter:
+    return NeverAsks()
