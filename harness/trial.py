@@ -182,7 +182,7 @@ class Trial:
 
     def truth(self, base: nn.Module, factors: Snapshot, given: Any) -> Tensor:
         """Float64 outputs of the base with W + ΔW in the place of W."""
-        return self.call(oracle.merged(base, factors), _double(given))
+        return self.call(oracle.merged(base, factors), _cast(given, torch.float64))
 
     def budget(self, base: nn.Module, factors: Snapshot, given: Any) -> Tensor:
         """The error that rounding allows on those outputs, by the coarsest dtype in play."""
@@ -194,8 +194,9 @@ class Trial:
                 M, n=specimen.reduction(self.case), dtype=self.dtype, factor_dtype=coarse
             )
         truth = self.truth(base, factors, given)
-        rounded = self.call(oracle.merged(base, factors, self.dtype), given)
-        return tolerance.model(rounded.double() - truth, truth, self.dtype)
+        dtype = max(self.dtype, coarse, key=tolerance.unit_roundoff)
+        rounded = self.call(oracle.merged(base, factors, dtype), _cast(given, dtype))
+        return tolerance.model(rounded.double() - truth, truth, dtype)
 
     @property
     def factor_dtype(self) -> torch.dtype:
@@ -313,10 +314,11 @@ def _logged() -> Iterator[list[str]]:
             logger.removeHandler(listener)
 
 
-def _double(given: Any) -> Any:
-    if isinstance(given, dict):
+def _cast(given: Any, dtype: torch.dtype) -> Any:
+    """Inputs in another dtype; token indices stay."""
+    if isinstance(given, dict) or not given.is_floating_point():
         return given
-    return given.double() if given.is_floating_point() else given
+    return given.to(dtype)
 
 
 def _check_shape(name: str, module: nn.Module, f: Factors) -> None:

@@ -65,7 +65,7 @@ def input_unchanged(trial: Trial) -> None:
     claim="The output of an adapted layer MUST equal x·(W + scaling·B·A)ᵀ + bias within rounding.",
     why="Everything else rests on it: a wrong branch trains, saves and merges the wrong thing.",
     source=(PAPER, "BUGS 20, 22, 64, 125", "https://github.com/unslothai/unsloth-zoo/pull/482"),
-    needs=("targeting/exact-coverage", "forward/input-unchanged"),
+    needs=("targeting/exact-coverage", "initialization/no-op"),
     tier="smoke",
     cases=(
         Case(),

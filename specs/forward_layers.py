@@ -130,7 +130,8 @@ def conv2d(trial: Trial) -> None:
         "https://github.com/huggingface/peft/issues/1010",
         "https://github.com/unslothai/unsloth-zoo/pull/564",
     ),
-    needs=(ORACLE,),
+    needs=("targeting/exact-coverage",),
+    tier="smoke",
     cases=(
         *(Case(dtype=d) for d in ("float32", "bfloat16", "float16", "float64")),
         *(Case(specimen=s, dtype="bfloat16") for s in ("embedding", "conv2d", "fused")),
@@ -138,7 +139,7 @@ def conv2d(trial: Trial) -> None:
 )
 def output_dtype(trial: Trial) -> None:
     """Judge the dtype alone."""
-    model, x = trial.adapted(), trial.inputs()
+    model, x = trial.inject(), trial.inputs()
     for train in (False, True):
         model.train(train)
         found = trial.call(model, x).dtype
@@ -157,7 +158,7 @@ def output_dtype(trial: Trial) -> None:
         "https://github.com/huggingface/peft/issues/1010",
         "guide, step 7: bfloat16 for mixed precision",
     ),
-    needs=(ORACLE,),
+    needs=(ORACLE, "forward/fused-parts"),
     cases=(Case(), Case(specimen="bare", r=13), Case(specimen="fused")),
 )
 def autocast(trial: Trial) -> None:
@@ -187,7 +188,7 @@ def autocast(trial: Trial) -> None:
     why="A tensor made and kept in an inference call cannot be used by autograd: evaluating before "
     "training, as trainers do, then raises.",
     source=("BUGS 124", "https://github.com/Lightning-AI/litgpt/pull/2225"),
-    needs=(ORACLE,),
+    needs=("forward/gradients",),
     cases=tuple(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused")),
 )
 def inference_mode_first(trial: Trial) -> None:

@@ -24,7 +24,7 @@ CALLS = 200
     claim="In eval mode dropout MUST be off, also after train mode.",
     why="An evaluation that draws at random is neither the model nor repeatable.",
     source=("BUGS 54, 119", "https://github.com/huggingface/transformers/issues/34469"),
-    needs=(ORACLE,),
+    needs=(ORACLE, "forward/fused-parts", "forward/conv2d"),
     features=("dropout",),
     cases=tuple(Case(specimen=s, dropout=0.5) for s in ("linear", "conv2d", "fused", "stack")),
 )
@@ -92,7 +92,7 @@ def dropout_on_in_train(trial: Trial) -> None:
         "https://github.com/huggingface/peft/pull/1372",
         "https://github.com/Lightning-AI/litgpt/pull/413",
     ),
-    needs=(ORACLE,),
+    needs=(ORACLE, "forward/fused-parts", "forward/conv2d", "forward/embedding"),
     cases=(
         Case(),
         Case(way="hooked"),

@@ -61,7 +61,12 @@ def base_untouched(trial: Trial) -> None:
         "BUGS 65, 121, 122",
         "https://github.com/meta-pytorch/torchtune/pull/409",
     ),
-    needs=("targeting/exact-coverage", "initialization/base-untouched"),
+    needs=(
+        "targeting/exact-coverage",
+        "initialization/base-untouched",
+        "forward/input-unchanged",
+        "forward/output-dtype",
+    ),
     tier="smoke",
     cases=(
         *(Case(specimen=name) for name in LAYERS),

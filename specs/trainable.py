@@ -255,8 +255,8 @@ def optimizer_holds_only_lora(trial: Trial) -> None:
         "https://github.com/huggingface/trl/pull/1644",
         "https://github.com/huggingface/peft/pull/1706",
     ),
-    needs=("trainable/only-lora",),
-    cases=(*(Case(dtype=dtype) for dtype in DTYPES), Case(specimen="stack", dtype="bfloat16")),
+    needs=("trainable/only-lora", "forward/gradients"),
+    cases=tuple(Case(dtype=dtype) for dtype in DTYPES),
 )
 def dtype_stated(trial: Trial) -> None:
     """Judge the dtypes of the handles, before and after."""
