@@ -70,7 +70,7 @@ def counted(targets: int, batch: int, first: int = 0) -> Tensor:
     return position % every == 0
 
 
-def loss(call: Callable[[Any], Tensor], given: Any) -> Tensor:
+def mean_loss(call: Callable[[Any], Tensor], given: Any) -> Tensor:
     """The mean over the targets of a whole batch."""
     total, count = terms(call(given), given)
     return total / count
@@ -114,11 +114,18 @@ class Equation:
         out: Tensor = functional_call(self.base, weights, (x,), tie_weights=False)
         return out
 
-    def descend(self, given: Any, *, lr: float, steps: int = 1) -> Track:
-        """SGD on the whole batch, without momentum, decay or clipping."""
+    def descend(
+        self,
+        given: Any,
+        *,
+        lr: float,
+        steps: int = 1,
+        loss: Callable[[Tensor], Tensor] | None = None,
+    ) -> Track:
+        """SGD on the whole batch, without momentum, decay or clipping; on another loss of the outputs."""
         track = Track([], [])
         for _ in range(steps):
-            value = loss(self, given)
+            value = loss(self(given)) if loss else mean_loss(self, given)
             leaves = self.leaves()
             slopes = torch.autograd.grad(value, leaves)
             with torch.no_grad():

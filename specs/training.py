@@ -231,7 +231,7 @@ def _config(trial: Trial) -> LoraConfig:
 def _loss(model: nn.Module, given: Any) -> Tensor:
     from harness import descent, specimen
 
-    return descent.loss(lambda batch: specimen.call(model, batch), given)
+    return descent.mean_loss(lambda batch: specimen.call(model, batch), given)
 
 
 def _train(

@@ -256,7 +256,7 @@ def _run(model: nn.Module, given: Any, optimizer: Any, *, steps: int = 2) -> Non
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        value = descent.loss(lambda batch: specimen.call(model, batch), given)
+        value = descent.mean_loss(lambda batch: specimen.call(model, batch), given)
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
