@@ -65,7 +65,11 @@ def _dropped(report, chance):
 def _places(value):
     """Every slot of a tree, as its parent and key."""
     pairs = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
     )
     for key, item in list(pairs):
         yield value, key

@@ -104,7 +104,13 @@ def results(outcomes=None, seed=0):
                 "reason": "merge/same-output fails" if outcome == "blocked" else None,
                 "cases": cases,
                 "failures": [failure()] if outcome in {"failed", "known"} else [],
-                "margins": [{"case": "dtype=float32", "used": used if outcome == "passed" else 7.6, "allowed": 1.0}],
+                "margins": [
+                    {
+                        "case": "dtype=float32",
+                        "used": used if outcome == "passed" else 7.6,
+                        "allowed": 1.0,
+                    }
+                ],
             }
         )
     return found
@@ -278,20 +284,24 @@ def write(folder, *reports):
 def small(name="small", **changes):
     """A report with a little of everything, for tests that damage it."""
     found = bench(name)
-    return found | {
-        "adapter": {"name": "peft", "version": "0.21.2"},
-        "results": results({"merge/same-output": "failed", "merge/no-drift": "blocked"})[25:30],
-        "counters": found["counters"][7:10],
-        "timings": [
-            row | {"paired": {"verdict": "same", "ratio": 1.0, "low": 0.99, "high": 1.01}}
-            for row in found["timings"][14:18]
-        ],
-        "memory": found["memory"][56:72],
-        "training": {"loss": [[1, 3.0], [2, "NaN"], [3, 2.0]], "eval_loss": [[2, 2.5]]},
-        "recipe": {"name": "quick", "training_config": {"max_steps": 3}},
-        "answers": {
-            "before": {"prompt": "Where?", "reply": "?", "matched": 0, "asked": 4},
-            "after": {"prompt": "Where?", "reply": "At berth 4.", "matched": 4, "asked": 4},
-        },
-        "notes": ["a note"],
-    } | changes
+    return (
+        found
+        | {
+            "adapter": {"name": "peft", "version": "0.21.2"},
+            "results": results({"merge/same-output": "failed", "merge/no-drift": "blocked"})[25:30],
+            "counters": found["counters"][7:10],
+            "timings": [
+                row | {"paired": {"verdict": "same", "ratio": 1.0, "low": 0.99, "high": 1.01}}
+                for row in found["timings"][14:18]
+            ],
+            "memory": found["memory"][56:72],
+            "training": {"loss": [[1, 3.0], [2, "NaN"], [3, 2.0]], "eval_loss": [[2, 2.5]]},
+            "recipe": {"name": "quick", "training_config": {"max_steps": 3}},
+            "answers": {
+                "before": {"prompt": "Where?", "reply": "?", "matched": 0, "asked": 4},
+                "after": {"prompt": "Where?", "reply": "At berth 4.", "matched": 4, "asked": 4},
+            },
+            "notes": ["a note"],
+        }
+        | changes
+    )

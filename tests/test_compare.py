@@ -381,10 +381,9 @@ def test_every_output_is_written(tmp_path, capsys):
     paths = samples.write(tmp_path, old, new)
     out = tmp_path / "out"
 
-    code = main(
-        ["compare", *map(str, paths), "--json", str(out / "c.json")]
-        + ["--markdown", str(out / "c.md"), "--html", str(out / "c.html")]
-    )
+    outputs = ["--json", "c.json", "--markdown", "c.md", "--html", "c.html"]
+    outputs[1::2] = [str(out / name) for name in outputs[1::2]]
+    code = main(["compare", *map(str, paths), *outputs])
     capsys.readouterr()
     assert code == 0
     written = json.loads((out / "c.json").read_text())

@@ -6,6 +6,7 @@ a report is escaped by the template, and data for the script stands in JSON in w
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -23,7 +24,7 @@ from harness.report.comparable import facts
 from harness.report.compare import compare
 from harness.report.history import group, load
 from harness.report.rows import VERDICTS, place, told
-from harness.report.schema import replace
+from harness.report.schema import replace, schema
 from harness.report.trend import Tracer
 from harness.report.words import (
     OUTCOMES,
@@ -87,33 +88,60 @@ class Page:
 
 def render(page: Page) -> str:
     """The page as HTML."""
+    page = dataclasses.replace(page, reports=tuple(map(_filled, page.reports)))
     drawn: list[dict[str, Any]] = []
 
     def add(chart: Chart) -> int:
         drawn.append(chart.drawn())
         return len(drawn) - 1
 
-    text: str = _template().render(
-        page=page,
-        version=__version__,
-        title=", ".join(named(report) for report in page.reports)[:200],
-        add=add,
-        training=list(charts.training(page.reports)),
-        against_rank=charts.against_rank(page.reports),
-        memory_by_kind=charts.memory_by_kind(page.reports),
-        intervals=[list(charts.intervals(one)) for one in page.comparisons],
-        nights=[list(charts.outcomes(one)) for one in page.trends],
-        histories=[_history(one) for one in page.trends],
-        families=_families(page.reports),
-        loud=[_loud(report) for report in page.reports],
-        costs=[_costs(report) for report in page.reports],
-        circumstances=_circumstances(page.reports),
-        drawn=drawn,
-        style=_asset("page.css"),
-        script=_asset("page.js"),
-        library=_asset("chart.umd.min.js").split("\n//# sourceMappingURL")[0],
-    ).lstrip()
+    text: str = (
+        _template()
+        .render(
+            page=page,
+            version=__version__,
+            title=", ".join(named(report) for report in page.reports)[:200],
+            add=add,
+            training=list(charts.training(page.reports)),
+            against_rank=charts.against_rank(page.reports),
+            memory_by_kind=charts.memory_by_kind(page.reports),
+            intervals=[list(charts.intervals(one)) for one in page.comparisons],
+            nights=[list(charts.outcomes(one)) for one in page.trends],
+            histories=[_history(one) for one in page.trends],
+            families=_families(page.reports),
+            loud=[_loud(report) for report in page.reports],
+            costs=[_costs(report) for report in page.reports],
+            circumstances=_circumstances(page.reports),
+            drawn=drawn,
+            style=_asset("page.css"),
+            script=_asset("page.js"),
+            library=_asset("chart.umd.min.js").split("\n//# sourceMappingURL")[0],
+        )
+        .lstrip()
+    )
     return text
+
+
+def _filled(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report with every optional member in its results and answers, None where it has none."""
+    defs = schema()["$defs"]
+    names = {name: dict.fromkeys(defs[name]["properties"]) for name in ("result", "failure")}
+    answer = dict.fromkeys(defs["answer"]["anyOf"][1]["properties"])
+    answers = report.get("answers") or {}
+    return {
+        **report,
+        "results": [
+            names["result"]
+            | one
+            | {"failures": [names["failure"] | found for found in one.get("failures") or ()]}
+            for one in report["results"]
+        ],
+        "answers": {
+            moment: answer | answers[moment]
+            for moment in ("before", "after")
+            if answers.get(moment)
+        },
+    }
 
 
 # ── what the template asks for ─────────────────────────────────────────────────────────────────────
