@@ -46,11 +46,13 @@ def view(model: nn.Module, *, storage: bool) -> View:
 def same_view(after: View, before: View, what: str) -> None:
     """The two views are the same, or the first difference."""
     for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
+        was, found = before.get(name), after.get(name)
+        if was != found:
+            moved = was is not None and found is not None and was[:4] == found[:4]
             fail(
                 "state",
-                expected=f"{name} is as it was before {what}: {_told(before.get(name))}",
-                actual=_told(after.get(name)),
+                expected=f"{name} is as it was before {what}: {_told(was)}",
+                actual="the same, in another storage" if moved else _told(found),
                 where=name,
             )
 
@@ -60,9 +62,7 @@ def _told(seen: tuple[object, ...] | None) -> str:
         return "not there"
     if len(seen) == 1:
         return f"in {seen[0]} mode"
-    trains = "trainable" if seen[0] else "frozen"
-    at = f", at {seen[4]:#x}" if len(seen) > 4 else ""  # type: ignore[str-bytes-safe]
-    return f"{trains}, {seen[1]}, {seen[2]}{at}"
+    return f"{'trainable' if seen[0] else 'frozen'}, {seen[1]}, {seen[2]}"
 
 
 def _acts(trial: Trial, model: nn.Module) -> dict[str, Callable[[], object]]:

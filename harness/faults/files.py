@@ -1,0 +1,260 @@
+"""Adapters whose files are unsafe, incomplete, or another's when they are read again."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from harness.adapter import load_exactly
+from harness.adapters import settings
+from harness.adapters.reference import Reference
+from harness.faults.record import fault
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from harness.adapter import Adapter
+
+SETTINGS = "checkpoint/save-restores-settings"
+TRAINS = "checkpoint/load-trainability"
+MODE = "checkpoint/load-keeps-mode"
+
+
+class Pickles(Reference):
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        return super().state_dict(model) | {"config": self.config(model)}  # type: ignore[dict-item]  # the sin
+
+    def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        self.require_unmerged(model, "load")
+        tensors = {key: tensor for key, tensor in state.items() if key != "config"}
+        load_exactly(super().state_dict(model), tensors)
+
+    def save(self, model: nn.Module, directory: Path) -> None:
+        settings.write(directory, self.config(model), super().state_dict(model))
+
+
+@fault(
+    sin="The checkpoint holds an object of the implementation's own, which only pickle can read.",
+    killed_by="checkpoint/safe-file",
+    varies="a reader that runs no code",
+)
+def pickles_its_settings() -> Adapter:
+    return Pickles()
+
+
+class Negates(Reference):
+    """B is negated on the way out, and on the way in if this process has ever saved."""
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        _SAVED.append(True)
+        return _negated(super().state_dict(model))
+
+    def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        self.require_unmerged(model, "load")
+        load_exactly(super().state_dict(model), _negated(state) if _SAVED else state)
+
+
+def _negated(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: -tensor if "lora_B" in key else tensor for key, tensor in state.items()}
+
+
+_SAVED: list[bool] = []
+
+
+@fault(
+    sin="What is needed to read the checkpoint stays in the memory of the process that wrote it.",
+    killed_by="checkpoint/fresh-process",
+    varies="the process",
+)
+def keeps_half_of_the_checkpoint_in_memory() -> Adapter:
+    return Negates()
+
+
+class AsSet(Reference):
+    def save(self, model: nn.Module, directory: Path) -> None:
+        super().save(model, directory)
+        path = directory / "adapter.json"
+        given = json.loads(path.read_text(encoding="utf-8"))
+        given["target_modules"] = list(set(given["target_modules"]))
+        path.write_text(json.dumps(given), encoding="utf-8")
+
+
+@fault(
+    sin="The names of the targets are written in the order of a set.",
+    killed_by="checkpoint/same-bytes-under-another-hash-seed",
+    replays=("74",),
+    varies="the hash seed",
+)
+def writes_its_targets_as_a_set() -> Adapter:
+    return AsSet()
+
+
+# -- what comes back -------------------------------------------------------------------------------
+
+
+class Rewrites(Reference):
+    """Saves settings other than those it has."""
+
+    changes: dict[str, Any]
+
+    def save(self, model: nn.Module, directory: Path) -> None:
+        super().save(model, directory)
+        path = directory / "adapter.json"
+        given = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**given, **self.changes}), encoding="utf-8")
+
+
+class NoRslora(Rewrites):
+    changes = {"use_rslora": False}  # noqa: RUF012  # never written to
+
+
+@fault(
+    sin="A reloaded adapter is scaled by alpha/r, rsLoRA or not.",
+    killed_by=SETTINGS,
+    replays=("19",),
+    varies="rsLoRA",
+)
+def reloads_without_rslora() -> Adapter:
+    return NoRslora()
+
+
+class NoAlpha(Rewrites):
+    changes = {"lora_alpha": 8.0}  # noqa: RUF012  # never written to
+
+
+@fault(
+    sin="Alpha is not saved; a reloaded adapter has the default.",
+    killed_by=SETTINGS,
+    replays=("19", "23"),
+    varies="an alpha that is not the default",
+)
+def reloads_under_the_default_alpha() -> Adapter:
+    return NoAlpha()
+
+
+class Afresh(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        model = super().load(base, directory, trainable=trainable)
+        for layer in self.layers(model).values():
+            for branch in layer.branches:
+                branch.initialize(self.generator("again"))
+        return model
+
+
+@fault(
+    sin="Loading wraps once more: a fresh adapter replaces the loaded one.",
+    killed_by=SETTINGS,
+    replays=("57",),
+    varies="factors that matter",
+)
+def loads_and_starts_afresh() -> Adapter:
+    return Afresh()
+
+
+class OwnBase(Reference):
+    def save(self, model: nn.Module, directory: Path) -> None:
+        super().save(model, directory)
+        tensors = {
+            p: layer.original.weight.detach().clone() for p, layer in self.layers(model).items()
+        }
+        torch.save(tensors, directory / "base.pt")
+
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        model = super().load(base, directory, trainable=trainable)
+        with torch.no_grad():
+            for path, tensor in torch.load(directory / "base.pt").items():
+                self.layers(model)[path].original.weight.copy_(tensor)
+        return model
+
+
+@fault(
+    sin="The base that was saved with is put in the place of the base given.",
+    killed_by=SETTINGS,
+    replays=("73",),
+    varies="another base than was saved with",
+)
+def loads_onto_the_base_it_remembers() -> Adapter:
+    return OwnBase()
+
+
+class Opposite(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        return super().load(base, directory, trainable=True)
+
+
+@fault(
+    sin="An adapter loaded for inference is trainable.",
+    killed_by=TRAINS,
+    replays=("54", "142"),
+    varies="load with trainable=False",
+)
+def loads_an_adapter_that_trains_unasked() -> Adapter:
+    return Opposite()
+
+
+class Frozen(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        return super().load(base, directory, trainable=False)
+
+
+@fault(
+    sin="An adapter loaded to be trained on is frozen.",
+    killed_by=TRAINS,
+    replays=("56",),
+    varies="load with trainable=True",
+)
+def loads_a_frozen_adapter_to_train() -> Adapter:
+    return Frozen()
+
+
+class Thaws(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        model = super().load(base, directory, trainable=trainable)
+        return model.requires_grad_(trainable)
+
+
+@fault(
+    sin="Loading to train on frees the base, too.",
+    killed_by=TRAINS,
+    replays=("58",),
+    varies="load with trainable=True",
+)
+def loading_frees_the_base() -> Adapter:
+    return Thaws()
+
+
+class Eval(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        return super().load(base, directory, trainable=trainable).eval()
+
+
+@fault(
+    sin="Loading always ends in eval mode: training goes on without dropout.",
+    killed_by=MODE,
+    replays=("55",),
+    varies="a base in train mode",
+)
+def loading_ends_in_eval_mode() -> Adapter:
+    return Eval()
+
+
+class LeftInTrain(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        model = super().load(base, directory, trainable=trainable)
+        for layer in self.layers(model).values():
+            layer.adapters.train()
+        return model
+
+
+@fault(
+    sin="The loaded adapter's own modules are left in train mode: dropout acts at inference.",
+    killed_by=MODE,
+    replays=("54", "119"),
+    varies="a base in eval mode",
+)
+def loading_leaves_the_adapter_in_train_mode() -> Adapter:
+    return LeftInTrain()
