@@ -73,6 +73,7 @@ class Ledger(TorchDispatchMode):
         operations: how often each operator was dispatched, by its full name.
         flops: floating-point operations by operator, from the shapes.
         allocated_bytes: bytes of all storages that came into being inside.
+        births: how many storages came into being by dtype and bytes.
     """
 
     def __init__(self, *, logits_width: int | None = None) -> None:
@@ -80,6 +81,7 @@ class Ledger(TorchDispatchMode):
         self.operations: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
         self.allocated_bytes = 0
+        self.births: Counter[tuple[torch.dtype, int]] = Counter()
         self._logits_width = logits_width
         self._sizes: list[int] = []
         self._kinds: list[Kind] = []
@@ -192,6 +194,7 @@ class Ledger(TorchDispatchMode):
         line = self._enter_line(storage, kind)
         if fresh:
             self.allocated_bytes += self._sizes[line]
+            self.births[tensor.dtype, self._sizes[line]] += 1
             self._timeline.append((line, self._sizes[line]))
         else:
             self._opening[line] = self._sizes[line]
@@ -231,6 +234,11 @@ class Ledger(TorchDispatchMode):
     def saved_bytes(self) -> int:
         """Bytes that the graph kept for the backward pass, each storage once, weights left out."""
         return sum(self._saved.values())
+
+    @property
+    def growth(self) -> int:
+        """Bytes that came and are still there, less those that were there and have gone."""
+        return sum(delta for line, delta in self._timeline if line >= 0)
 
     def peak(self, *, packed: bool = False) -> tuple[dict[Kind, int], str, str]:
         """Live bytes by kind at the highest moment, with its stage and operation.
