@@ -78,13 +78,15 @@ def command(args: argparse.Namespace) -> int:
         )
         if code == 2:
             return 2
+        codes.append(code)
+        if not folder.report.is_file():  # it broke down before there was anything to report
+            continue
         report = read(folder.report)
         if report["finished"]:
             print(told(report, folder))
         if args.json:
             path = args.json if len(adapters) == 1 else _beside(args.json, adapter)
             _copy(folder.report, path)
-        codes.append(code)
     return next((code for code in (1, 3) if code in codes), 0)
 
 

@@ -57,11 +57,18 @@ def reload(request: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if quantized:
         found["skipped"] = "a 4-bit base is quantised as it is loaded: it has no first stage"
+        state = checkpoint.read(folder)
+        for parameter in injection.trainable(injected).values():
+            # TRL casts a 4-bit base's factors to bfloat16 before training, whatever they were.
+            parameter.data = parameter.data.to(next(iter(state.values())).dtype)
         injection.load(adapter, injected, folder)
     else:
         found |= _two_stages(adapter, injected, pretrained, marks, checkpoint.read(folder))
     injection.evaluating(injected, adapter)
     kept = load_file(folder / PROBE)
+    if quantized:
+        # bitsandbytes rewrites its scales at the first evaluation, as it has in the trained model.
+        probe(injected, kept["ids"], kept["mask"])
     logits = probe(injected, kept["ids"], kept["mask"]).cpu()
     # Bits, not values: 0.0 and -0.0 differ, and NaN equals itself.
     width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[logits.element_size()]
