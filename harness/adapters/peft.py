@@ -172,7 +172,8 @@ def capabilities() -> Capabilities:
         features.add("lora_bias")
     if '"cat"' in inspect.getsource(lora.LoraModel):
         features.add("combine")
-    if find_spec("bitsandbytes"):
+    # A 4-bit layer cannot be merged in the first releases; it exists where bitsandbytes is installed.
+    if find_spec("bitsandbytes") and hasattr(getattr(lora, "Linear4bit", None), "merge"):
         features.add("quantized_base")
     layers: set[Layer] = {"linear", "embedding"}
     if hasattr(lora, "Conv2d"):
