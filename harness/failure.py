@@ -62,8 +62,8 @@ class Failure:
         """The record as JSON holds it."""
         return {**asdict(self), "looks_like": list(self.looks_like)}
 
-    def lines(self) -> list[str]:
-        """The record as a terminal shows it, a fact a line."""
+    def facts(self) -> list[tuple[str, str]]:
+        """The record as a terminal shows it: what there is to say, each under its name."""
         rows = [("expected", self.expected), ("actual", self.actual)]
         if self.measured is not None and self.allowed is not None:
             times = f", {self.measured / self.allowed:.3g} times" if self.allowed else ""
@@ -74,7 +74,7 @@ class Failure:
             ("looks like", ", ".join(self.looks_like)),
             ("reproduce", self.reproduce),
         ]
-        return [f"{name:>10}  {value}" for name, value in rows if value]
+        return [(name, value) for name, value in rows if value]
 
 
 class Broken(Exception):  # noqa: N818  # it says that a property is broken, not that the judge is

@@ -164,14 +164,20 @@ def failure_text(result: Result) -> str:
     """One failed spec: what MUST hold, the first failure in full, the cases of the others."""
     item = catalogue()[result.spec]
     first, *others = result.failures
-    lines = [f"{mark(result)} {result.spec}", textwrap.fill(item.claim, WIDTH - 4), *first.lines()]
-    lines.append(f"{'why':>10}  {item.why}")
-    lines.append(f"{'source':>10}  {'; '.join(item.source)}")
+    facts = [*first.facts(), ("why", item.why), ("source", "; ".join(item.source))]
     if others:
         shown = "; ".join(failure.case or failure.actual for failure in others[:3])
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        lines.append(f"{'also at':>10}  {shown}{more}")
-    return "\n".join([lines[0], *textwrap.indent("\n".join(lines[1:]), "    ").splitlines()])
+        facts.append(("also at", shown + (f" and {len(others) - 3} more" if len(others) > 3 else "")))
+    lines = [textwrap.fill(item.claim, WIDTH, initial_indent="    ", subsequent_indent="    ")]
+    for name, value in facts:
+        head = f"{name:>14}  "
+        # A command is copied whole.
+        lines.append(
+            head + value
+            if name == "reproduce"
+            else textwrap.fill(value, WIDTH, initial_indent=head, subsequent_indent=" " * 16)
+        )
+    return "\n".join([f"{mark(result)} {result.spec}", *lines])
 
 
 def last_word(verdict: Verdict) -> str:

@@ -73,3 +73,22 @@ def test_readme_names_every_command():
     shown = {command[1] for command in commands()}
 
     assert {"finetune", "check", "bench", "plan", "compare", "report"} <= shown
+
+
+def test_the_failure_shown_is_what_is_printed():
+    """The failure record in README is what the command prints."""
+    ((command, shown),) = blocks("output")
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.cli", *shlex.split(command)[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert masked(shown) in masked(done.stdout)
+
+
+def masked(text):
+    """Text with its numbers left out: another processor rounds otherwise."""
+    return re.sub(r"\d[\d.]*(e[+-]\d+)?", "#", text)
