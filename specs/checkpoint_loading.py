@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from harness.specs.checkpoint import GUIDE, kept, same_factors, tensors
-
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
+from harness.specs.checkpoint import GUIDE, kept, same_factors, tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +73,12 @@ def dtype_kept(trial: Trial) -> None:
         "BUGS 46, P-7",
         "https://github.com/microsoft/LoRA/issues/61",
     ),
-    needs=("checkpoint/round-trip-bits",),
+    needs=(
+        "checkpoint/round-trip-bits",
+        "initialization/base-untouched",
+        "merge/same-output",
+        "merge/restores-base",
+    ),
     cases=(
         Case(way="train"),
         Case(way="eval"),
@@ -82,17 +86,25 @@ def dtype_kept(trial: Trial) -> None:
         Case(specimen="embedding", way="eval"),
         Case(specimen="fused", way="eval"),
         Case(way="after-cycle"),
+        Case(way="adapter-first"),
     ),
 )
 def two_stage_load(trial: Trial) -> None:
-    """Load into a fresh model with other factors in one state, then look in every state."""
+    """Load into a fresh model with other factors in one state, then look in every state.
+
+    Adapter first, the base's weights come last, into the tensors that the base had before injection.
+    """
+    import torch
+
     base, given, way = trial.base(), trial.inputs(), trial.case.way
     if way in {"merged", "after-cycle"} and not trial.claims("unmerge"):
         return
     source = trial.adapted()
     factors, state = trial.snapshot(source), kept(trial, source)
     truth, budget = trial.truth(base, factors, given), trial.budget(base, factors, given)
-    model = trial.inject(seed=1)
+    unlike = trial.base() if way != "adapter-first" else _other_base(trial)
+    held = dict(unlike.named_parameters())
+    model = trial.inject(unlike, seed=1)
     old = trial.randomize(model, seed=1)
     # The old update may have been rounded into W and out of it again, at its own magnitude.
     budget = budget + trial.budget(base, old, given)
@@ -103,6 +115,10 @@ def two_stage_load(trial: Trial) -> None:
         if not _is_merged(trial, way):
             raise
         truth = trial.truth(base, old, given)  # refused: the old adapter still acts, and rightly
+    if way == "adapter-first":
+        with torch.no_grad():
+            for name, tensor in held.items():
+                tensor.copy_(base.get_parameter(name))
     trial.close(trial.call(model, given), truth, budget, f"output after loading, {way}")
     _leave(trial, model, way)
     trial.close(trial.call(model, given), truth, budget, f"output after loading, then left {way}")
@@ -111,12 +127,20 @@ def two_stage_load(trial: Trial) -> None:
         trial.close(trial.call(model, given), truth, budget, "output after loading and merging")
 
 
+def _other_base(trial: Trial) -> nn.Module:
+    from harness import specimen
+
+    return specimen.build(trial.case.with_(seed=trial.case.seed + 1))
+
+
 def _is_merged(trial: Trial, way: str) -> bool:
     return way == "merged" or (way == "eval" and bool(getattr(trial.adapter, "eval_merges", False)))
 
 
 def _enter(trial: Trial, model: nn.Module, way: str) -> None:
     adapter: Any = trial.adapter
+    if way == "adapter-first":
+        return
     if way in {"train", "eval"}:
         model.train(way == "train")
         return
@@ -130,6 +154,36 @@ def _leave(trial: Trial, model: nn.Module, way: str) -> None:
     if way == "merged":
         adapter.unmerge(model)
     trial.unmerged(model)
+
+
+@spec(
+    "checkpoint/base-keys-kept",
+    claim="The base's own checkpoint, loaded with strict=False, SHOULD reach every adapted weight.",
+    why="That is the first stage of the guide's load; renamed keys leave the base random, in silence.",
+    source=(
+        GUIDE,
+        "BUGS 45, 65",
+        "https://github.com/microsoft/LoRA/pull/183",
+        "https://github.com/Lightning-AI/litgpt/issues/434",
+    ),
+    needs=("checkpoint/two-stage-load",),
+    cases=(Case(), Case(specimen="conv2d"), Case(specimen="embedding")),
+)
+def base_keys_kept(trial: Trial) -> None:
+    """Adapt a base with other weights, load the right ones by their names, and compare outputs."""
+    base, given = trial.base(), trial.inputs()
+    model = trial.adapted(_other_base(trial))
+    factors = trial.snapshot(model)
+    result = model.load_state_dict(base.state_dict(), strict=False)
+    if result.unexpected_keys:
+        fail(
+            "silent",
+            expected="the adapted model takes the base's keys",
+            actual=f"strict=False skips {', '.join(result.unexpected_keys[:3])}",
+            where=result.unexpected_keys[0],
+        )
+    truth, budget = trial.truth(base, factors, given), trial.budget(base, factors, given)
+    trial.close(trial.call(model, given), truth, budget, "output after loading the base last")
 
 
 @spec(

@@ -106,6 +106,13 @@ class Adapted(nn.Module):
             module._apply(fn, recurse)  # type: ignore[no-untyped-call]  # noqa: SLF001
         return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the base's weights by the names they have in the base, too: the two-stage load."""
+        for name in ("weight", "bias"):
+            if f"{prefix}{name}" in state:
+                state[f"{prefix}base.{name}"] = state.pop(f"{prefix}{name}")
+        super()._load_from_state_dict(state, prefix, *args)  # type: ignore[no-untyped-call]
+
     @property
     def weight(self) -> Tensor:
         """The base's weight, for models that look at it."""

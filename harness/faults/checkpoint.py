@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from harness.adapter import load_exactly
 from harness.adapters.reference import Reference
+from harness.adapters.wrapped import Adapted
+from harness.faults.merge import with_layer
 from harness.faults.record import fault
 from harness.faults.unmerge import Subtracts
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from harness.adapter import Adapter
 
@@ -42,7 +45,8 @@ class Selects(Reference):
 
 class LastLayer(Selects):
     def chosen(self, model: nn.Module, key: str) -> bool:
-        return key.startswith(list(self.layers(model))[-1] + ".")
+        last = list(self.layers(model))[-1]
+        return key not in self.factor_tensors(model) or key.startswith(f"{last}.")
 
 
 @fault(
@@ -366,6 +370,21 @@ class Loads(Reference):
 )
 def loads_while_merged() -> Adapter:
     return Loads()
+
+
+class Renames(Adapted):
+    def _load_from_state_dict(self, *args: Any) -> None:
+        nn.Module._load_from_state_dict(self, *args)
+
+
+@fault(
+    sin="The base's weights get other names, and its own checkpoint reaches none of them.",
+    killed_by="checkpoint/base-keys-kept",
+    replays=("45", "65"),
+    varies="the base's weights loaded after injection",
+)
+def renames_the_keys_of_the_base() -> Adapter:
+    return with_layer(Renames)
 
 
 class Ignores(Reference):
