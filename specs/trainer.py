@@ -118,7 +118,7 @@ def trainer_decays_every_factor(trial: Trial) -> None:
     why="It is the documented way to train; TRL 0.15.2 to 0.19.1 let the inputs of the checkpoints go "
     "without one when the model came injected, and nothing was trained.",
     source=("BUGS 102, 100", "https://github.com/huggingface/trl/issues/3785"),
-    needs=("training/trainer-update", "training/checkpointing-same-update"),
+    needs=("training/trainer-update",),
     features=("gradient_checkpointing",),
     cases=(Case(specimen="tiny"),),
 )
