@@ -170,6 +170,12 @@ def _check_arguments(p: argparse.ArgumentParser) -> None:
         help="judge in this dtype only",
     )
     p.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="other weights, factors and inputs; the verdict must not depend on it",
+    )
+    p.add_argument(
         "--known",
         type=Path,
         metavar="FILE",
@@ -208,6 +214,50 @@ def _list_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _bench_arguments(p: argparse.ArgumentParser) -> None:
+    grid = p.add_argument_group("the grid, each a list separated by commas")
+    grid.add_argument(
+        "--adapter",
+        type=lambda text: [part.strip() for part in text.split(",") if part.strip()],
+        default=["reference", "peft", "loralib"],
+        help="(default: reference,peft,loralib)",
+    )
+    grid.add_argument("--rank", type=_numbers, default=[8], metavar="R,...", help="(default: 8)")
+    grid.add_argument(
+        "--dtype",
+        type=_names("float32", "bfloat16", "float16", "nf4"),
+        default=["float32"],
+        help="of the base (default: float32)",
+    )
+    grid.add_argument(
+        "--model",
+        type=lambda text: [part.strip() for part in text.split(",") if part.strip()],
+        default=["tiny"],
+        help="(default: tiny)",
+    )
+    grid.add_argument("--batch", type=_numbers, default=[1], metavar="N,...", help="(default: 1)")
+    grid.add_argument(
+        "--sequence", type=_numbers, default=[64], metavar="N,...", help="(default: 64)"
+    )
+    grid.add_argument("--checkpointing", type=_names("off", "on"), default=["off"])
+    p.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    p.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    p.add_argument("--repeats", type=int, default=10, help="samples of each time (default: 10)")
+    p.add_argument("--budget", metavar="SIZE", help="memory a cell may take of the card")
+    p.add_argument(
+        "--limit",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="the most one cell may take (default: 600)",
+    )
+    p.add_argument("--resume", action="store_true", help="go on with the report of --json")
+    pair = p.add_argument_group("a pair, timed in alternation until the question is answered")
+    pair.add_argument("--against", metavar="ADAPTER", help="time this one against --adapter")
+    pair.add_argument("--aa", action="store_true", help="one side against itself: the noise now")
+    pair.add_argument("--python", help="interpreter of the first side")
+    pair.add_argument("--against-python", help="interpreter of the second side")
+    pair.add_argument("--seconds", type=float, default=45.0, help="at most (default: 45)")
+    pair.add_argument("--margin", type=float, default=0.02, help="counts as same (default: 0.02)")
     _json(p)
 
 

@@ -73,6 +73,7 @@ class Points:
     device: str | None
     dtype: str | None
     tier: str
+    seed: int = 0
 
     def of(self, item: Spec) -> list[Case]:
         """The cases of one spec."""
@@ -87,6 +88,8 @@ class Points:
                 changes["device"] = self.device
             if self.dtype:
                 changes["dtype"] = self.dtype
+            if self.seed:
+                changes["seed"] = case.seed + self.seed
             found[case.with_(**changes)] = None
         return list(found)
 

@@ -43,7 +43,7 @@ def check_command(args: argparse.Namespace) -> int:
     if case is not None and len(select(args.only)) != 1:
         raise UsageError("--case: name the one spec to judge with --only ID")
     live = sys.stdout.isatty()
-    with Recorder(args.json, kind="check", spec_version=SPEC_VERSION) as report:
+    with Recorder(args.json, kind="check", spec_version=SPEC_VERSION, seed=args.seed) as report:
 
         def progress(result: Result) -> None:
             report.add("results", result.as_dict())
@@ -58,6 +58,7 @@ def check_command(args: argparse.Namespace) -> int:
             model=args.model,
             device=args.device,
             dtype=args.dtype,
+            seed=args.seed,
             known=args.known,
             explore=args.explore,
             limit=args.limit,
@@ -167,7 +168,9 @@ def failure_text(result: Result) -> str:
     facts = [*first.facts(), ("why", item.why), ("source", "; ".join(item.source))]
     if others:
         shown = "; ".join(failure.case or failure.actual for failure in others[:3])
-        facts.append(("also at", shown + (f" and {len(others) - 3} more" if len(others) > 3 else "")))
+        facts.append(
+            ("also at", shown + (f" and {len(others) - 3} more" if len(others) > 3 else ""))
+        )
     lines = [textwrap.fill(item.claim, WIDTH, initial_indent="    ", subsequent_indent="    ")]
     for name, value in facts:
         head = f"{name:>14}  "

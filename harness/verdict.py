@@ -89,6 +89,7 @@ def check(
     model: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    seed: int = 0,
     known: Path | None = None,
     explore: bool = False,
     limit: float = LIMIT,
@@ -104,6 +105,7 @@ def check(
         model: in the place of the Phi-3 specimens.
         device: in the place of the CPU.
         dtype: judge in this dtype only.
+        seed: other weights, factors and inputs; the verdict must not depend on it.
         known: a file of known failures, instead of those that come with the harness.
         explore: search at random for counterexamples and note them; never changes the verdict.
         limit: seconds a spec may take.
@@ -117,7 +119,7 @@ def check(
     specs = select(only, tier)
     with Session(adapter) as session:
         judge = Judge(
-            session, Points(case, model, device, dtype, tier), limit=limit, explore=explore
+            session, Points(case, model, device, dtype, tier, seed), limit=limit, explore=explore
         )
         entries = (
             known_failures.built_in(judge.name, judge.version)
