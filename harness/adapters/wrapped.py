@@ -6,6 +6,7 @@ import copy
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from harness.adapters.quantized import dense, with_weight
@@ -77,7 +78,8 @@ class Adapted(nn.Module):
 
     def merge_weight(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
         """W + ΔW in those rows, added in the wider dtype, rounded once."""
-        total = weight.to(delta.dtype, copy=True)
+        # Under autocast ΔW may be narrower than W.
+        total = weight.to(torch.promote_types(weight.dtype, delta.dtype), copy=True)
         total[rows or slice(None)] += delta
         return total.to(weight.dtype)
 
