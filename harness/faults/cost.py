@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from harness.adapter import Adapter
 
 
-class KeepsTheBase(Adapted):  # noqa: D101
+class KeepsTheBase(Adapted):
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
         self.spare = [p.detach().clone() for p in base.parameters()]
@@ -30,12 +30,12 @@ class KeepsTheBase(Adapted):  # noqa: D101
     replays=("140",),
     varies="the base is larger than the adapter",
 )
-def injection_copies_the_base() -> Adapter:  # noqa: D103
+def injection_copies_the_base() -> Adapter:
     return with_layer(KeepsTheBase)
 
 
-class WholeDelta(Branch):  # noqa: D101
-    def forward(self, base: nn.Module, x: Tensor) -> Tensor:  # noqa: D102
+class WholeDelta(Branch):
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         y = functional.linear(self.drop(x), self.delta(base))
         return y if self.lora_bias is None else y + self.scaling * self.lora_bias
 
@@ -46,12 +46,12 @@ class WholeDelta(Branch):  # noqa: D101
     replays=("135",),
     varies="in × out is larger than tokens × (in + out)",
 )
-def forward_makes_delta_whole() -> Adapter:  # noqa: D103
+def forward_makes_delta_whole() -> Adapter:
     return with_branches({nn.Linear: WholeDelta})
 
 
-class RunsOn(Adapted):  # noqa: D101
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+class RunsOn(Adapted):
+    def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         if self.kept and self.enabled:
             for branch in self.branches:
@@ -65,12 +65,12 @@ class RunsOn(Adapted):  # noqa: D101
     replays=("145",),
     varies="the operations of a merged forward",
 )
-def merged_branch_still_runs() -> Adapter:  # noqa: D103
+def merged_branch_still_runs() -> Adapter:
     return with_layer(RunsOn)
 
 
-class Hoards(Adapted):  # noqa: D101
-    def merge(self, merged: nn.Module) -> None:  # noqa: D102
+class Hoards(Adapted):
+    def merge(self, merged: nn.Module) -> None:
         self.hoard = [
             *getattr(self, "hoard", []),
             [p.detach().clone() for p in merged.parameters()],
@@ -84,12 +84,12 @@ class Hoards(Adapted):  # noqa: D101
     replays=("140",),
     varies="memory after a cycle of merge and unmerge",
 )
-def merge_leaves_copies() -> Adapter:  # noqa: D103
+def merge_leaves_copies() -> Adapter:
     return with_layer(Hoards)
 
 
-class InDouble(Branch):  # noqa: D101
-    def forward(self, base: nn.Module, x: Tensor) -> Tensor:  # noqa: D102
+class InDouble(Branch):
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         down = functional.linear(self.drop(x).double(), self.lora_A.double())
         up = functional.linear(down, self.lora_B.double())
         if self.lora_bias is not None:
@@ -103,12 +103,12 @@ class InDouble(Branch):  # noqa: D101
     replays=("134",),
     varies="the dtype of what a forward makes",
 )
-def branch_computes_in_double() -> Adapter:  # noqa: D103
+def branch_computes_in_double() -> Adapter:
     return with_branches({nn.Linear: InDouble})
 
 
-class Drags(Reference):  # noqa: D101
-    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:  # noqa: D102
+class Drags(Reference):
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         return {key: _in_a_large_storage(t) for key, t in super().state_dict(model).items()}
 
 
@@ -125,12 +125,12 @@ def _in_a_large_storage(tensor: Tensor) -> Tensor:
     replays=("P-17",),
     varies="the size of the file",
 )
-def checkpoint_drags_storages() -> Adapter:  # noqa: D103
+def checkpoint_drags_storages() -> Adapter:
     return Drags()
 
 
-class Remembers(Adapted):  # noqa: D101
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+class Remembers(Adapted):
+    def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
             seen: list[Any] = self.__dict__.setdefault("seen", [])
             seen.append(x.detach().clone())
@@ -143,12 +143,12 @@ class Remembers(Adapted):  # noqa: D101
     replays=("141",),
     varies="memory from step to step",
 )
-def training_keeps_every_input() -> Adapter:  # noqa: D103
+def training_keeps_every_input() -> Adapter:
     return with_layer(Remembers)
 
 
-class NeedsAGradient(Adapted):  # noqa: D101
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+class NeedsAGradient(Adapted):
+    def forward(self, x: Tensor) -> Tensor:
         frozen = not any(p.requires_grad for p in self.parameters())
         if frozen and torch.is_grad_enabled() and x.is_floating_point() and not x.requires_grad:
             x = x.detach().requires_grad_()
@@ -161,5 +161,5 @@ class NeedsAGradient(Adapted):  # noqa: D101
     replays=("142",),
     varies="a forward outside no_grad with nothing to train",
 )
-def inference_keeps_a_graph() -> Adapter:  # noqa: D103
+def inference_keeps_a_graph() -> Adapter:
     return with_layer(NeedsAGradient)

@@ -141,7 +141,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: Any,
-        types: Any,  # noqa: ARG002  # the signature is torch's
+        types: Any,  # the signature is torch's
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
