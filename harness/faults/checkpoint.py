@@ -111,7 +111,9 @@ class ByName(Reference):
         return super().state_dict(model) | named
 
     def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        super().load_state_dict(model, {k: t for k, t in state.items() if "lora_gate" not in k})
+        self.require_unmerged(model, "load")
+        ours = {key: tensor for key, tensor in state.items() if "lora_gate" not in key}
+        load_exactly(super().state_dict(model), ours)
 
 
 @fault(
@@ -134,7 +136,9 @@ class WithBase(Reference):
         return super().state_dict(model) | tables
 
     def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        super().load_state_dict(model, {k: t for k, t in state.items() if ".base." not in k})
+        self.require_unmerged(model, "load")
+        ours = {key: tensor for key, tensor in state.items() if ".base." not in key}
+        load_exactly(super().state_dict(model), ours)
 
 
 @fault(

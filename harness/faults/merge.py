@@ -277,7 +277,7 @@ def merges_parts_as_if_they_were_equal() -> Adapter:
 
 class Truncates(Adapted):
     def merge_weight(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
-        total = weight.to(delta.dtype, copy=True)
+        total = weight.to(torch.promote_types(weight.dtype, delta.dtype), copy=True)
         total[rows or slice(None)] += delta
         near = total.to(weight.dtype)
         far = near.to(total.dtype).abs() > total.abs()
