@@ -31,7 +31,7 @@ UNEQUAL = ("fused-unequal", "tiny-gqa")
         "https://github.com/Lightning-AI/litgpt/pull/377",
         "https://github.com/Lightning-AI/litgpt/issues/1197",
     ),
-    needs=(ORACLE,),
+    needs=(ORACLE, "forward/phi3"),
     features=("fused_linear",),
     cases=(
         Case(specimen="fused"),

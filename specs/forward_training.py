@@ -53,7 +53,7 @@ def dropout_off_in_eval(trial: Trial) -> None:
         "https://github.com/meta-pytorch/torchtune/issues/995",
         "https://github.com/huggingface/peft/issues/591",
     ),
-    needs=(ORACLE,),
+    needs=("forward/sees-factors-now", "forward/fused-parts", "forward/conv2d"),
     features=("dropout",),
     cases=(
         Case(shape=(16, 20), r=16, dropout=0.3),
@@ -92,7 +92,13 @@ def dropout_on_in_train(trial: Trial) -> None:
         "https://github.com/huggingface/peft/pull/1372",
         "https://github.com/Lightning-AI/litgpt/pull/413",
     ),
-    needs=(ORACLE, "forward/fused-parts", "forward/conv2d", "forward/embedding"),
+    needs=(
+        ORACLE,
+        "trainable/only-lora",
+        "forward/fused-parts",
+        "forward/conv2d",
+        "forward/embedding",
+    ),
     cases=(
         Case(),
         Case(way="hooked"),
