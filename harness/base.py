@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
     from transformers import Phi3ForCausalLM
 
+SMALL = ("tiny", "tiny-gqa")
+"""Models whose layers are too small to share: a second thread waits for the first, and on a busy
+machine waits long. One thread also makes a run's numbers the same whatever the number of cores."""
+
 
 def device(settings: Mapping[str, Any]) -> str:
     """The device that `model.device` names; `auto` is cuda where there is one."""
@@ -44,6 +48,8 @@ def load(settings: Mapping[str, Any]) -> Phi3ForCausalLM:
         "use_cache": settings["use_cache"],
     }
     name = settings["name"]
+    if name in SMALL and options["device"] == "cpu":
+        torch.set_num_threads(1)
     if not settings["load_in_4bit"]:
         return phi3.load(name, seed=settings["seed"], **options)
     if find_spec("bitsandbytes") is None:
