@@ -14,7 +14,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.report.rows import place
+from harness.report.rows import place, title
 from harness.report.words import (
     OUTCOMES,
     compact,
@@ -52,7 +52,7 @@ class Chart:
     """One chart and the table of its values.
 
     Attributes:
-        kind: how it is drawn; `interval` takes the series low, high and ratio.
+        kind: how it is drawn; `interval` takes the series low, ratio and high.
         title: what it shows.
         note: under which conditions.
         x: the places along it.
@@ -244,33 +244,54 @@ def memory_by_kind(reports: Iterable[Mapping[str, Any]]) -> list[Chart]:
 
 
 def intervals(found: Comparison) -> Iterator[Chart]:
-    """The paired times of a comparison as intervals of the ratio, the widest news first."""
-    rows = [
-        (row, row.low, row.ratio, row.high)
-        for row in found.rows
-        if row.low is not None
-        and row.ratio is not None
-        and row.high is not None
-        and all(map(math.isfinite, (row.low, row.ratio, row.high)))
-    ][:MOST]
-    if rows:
+    """The paired times of a comparison as intervals of the ratio, the loudest first."""
+    yield from _intervals(
+        "Paired times, new over old",
+        (
+            (str(row.verdict), row.name, row.where, row.low, row.ratio, row.high)
+            for row in found.rows
+        ),
+    )
+
+
+def paired(reports: Iterable[Mapping[str, Any]]) -> Iterator[Chart]:
+    """The paired times of the reports themselves, each against the other side of its pair."""
+    yield from _intervals(
+        "Paired times",
+        (
+            (
+                pair["verdict"],
+                f"{title(row)} against {plain(pair.get('against') or '–', limit=60)}",
+                place(row),
+                *(_finite(pair.get(name)) for name in ("low", "ratio", "high")),
+            )
+            for report in reports
+            for row in report["timings"]
+            if (pair := row.get("paired"))
+        ),
+    )
+
+
+def _intervals(heading: str, rows: Iterable[tuple[Any, ...]]) -> Iterator[Chart]:
+    known = [row for row in rows if all(one is not None for one in row[3:])]
+    shown = [row for row in known if all(map(math.isfinite, row[3:]))][:MOST]
+    if shown:
         yield Chart(
             kind="interval",
-            title="Paired times, new over old",
-            note="An interval that holds 1 says no more than that.",
-            x=tuple(f"{row.verdict}: {row.name}" for row, *_ in rows),
+            title=heading,
+            note="The diamond is the ratio, the bar its interval.",
+            x=tuple(f"{verdict}: {name}" for verdict, name, *_ in shown),
             x_label="",
             y_label="ratio; under 1 is faster",
-            series=(
-                Series(name="low", y=tuple(low for _, low, _, _ in rows)),
-                Series(name="high", y=tuple(high for *_, high in rows)),
-                Series(name="ratio", y=tuple(ratio for _, _, ratio, _ in rows)),
+            series=tuple(
+                Series(name=name, y=tuple(row[3 + index] for row in shown))
+                for index, name in enumerate(("low", "ratio", "high"))
             ),
             limit=("no change", 1.0),
-            headers=("row", "where", "verdict", "ratio", "low", "high"),
+            headers=("row", "where", "verdict", "low", "ratio", "high"),
             rows=tuple(
-                (row.name, row.where, str(row.verdict), *(f"{one:.4g}" for one in (mid, low, high)))
-                for row, low, mid, high in rows
+                (name, where, verdict, *(f"{one:.4g}" for one in ends))
+                for verdict, name, where, *ends in shown
             ),
         )
 

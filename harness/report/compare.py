@@ -191,7 +191,7 @@ def command(args: argparse.Namespace) -> int:
             report.set("trend", several and several.as_dict())
             report.set("notes", skipped)
     if args.html:
-        from harness.report.html import Page, render
+        from harness.report.html import Page, draw
 
         page = Page(
             reports=(trend.last,),
@@ -199,7 +199,7 @@ def command(args: argparse.Namespace) -> int:
             trends=(several,) if several else (),
             skipped=tuple(skipped),
         )
-        replace(Path(args.html), render(page))
+        draw(page, Path(args.html))
     if args.markdown:
         from harness.report.markdown import comparison
 

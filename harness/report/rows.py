@@ -240,7 +240,13 @@ def cost_row(
     elif barred is not None:
         verdict, why = "incomparable", bar(barred)
     elif section == "timing":
-        verdict, why = None, "wall time is judged only where it was paired"
+        third = (after.get("paired") or {}).get("against")
+        verdict = None
+        why = (
+            f"paired with {plain(third, limit=60)}, not with the old run"
+            if third
+            else "wall time is judged only where it was paired"
+        )
     elif either.get("exact") is False:
         verdict, why = None, "varies from run to run"
     elif (before.get("unit") or "") != (after.get("unit") or ""):
@@ -288,7 +294,8 @@ def _pair(
     if paired is None:
         return None
     against = paired.get("against")
-    own = {None, before.get("version"), f"{before['subject']} {before.get('version')}"}
+    own = {None, before["subject"], before.get("version")}
+    own.add(f"{before['subject']} {before.get('version')}")
     if run is not None:
         own |= {run["id"], run.get("label")}
     return paired if against in own else None

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from harness.errors import UsageError
 from harness.report.shape import Misshapen, compile_schema
+from harness.report.strict_json import dumps, first_line, loads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -46,8 +47,6 @@ LARGEST = 64 * 2**20
 
 _UPGRADES: dict[int, Callable[[Report], Report]] = {}
 """From each older schema version, the function to the next."""
-
-_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
 @cache
@@ -133,10 +132,10 @@ class Recorder:
             raise ValueError(f"section {section!r} does not grow; one of {', '.join(LISTS)} does")
         single = isinstance(rows, str) or hasattr(rows, "keys") or hasattr(rows, "as_dict")
         for row in [rows] if single else rows:
-            plain = json.loads(_dumps(row))
+            plain = json.loads(dumps(row))
             self._verify(section, plain)
             self._lists[section].append(plain)
-            self._rows.setdefault(section, []).append(_dumps(plain))
+            self._rows.setdefault(section, []).append(dumps(plain))
         self._write()
 
     def set(self, key: str, value: Any) -> None:
@@ -167,16 +166,16 @@ class Recorder:
         if name in LISTS:
             self._lists[name], self._rows[name] = [], []
             for row in value:
-                plain = json.loads(_dumps(row))
+                plain = json.loads(dumps(row))
                 self._verify(name, plain)
                 self._lists[name].append(plain)
-                self._rows[name].append(_dumps(plain))
+                self._rows[name].append(dumps(plain))
             return
-        plain = json.loads(_dumps(value))
+        plain = json.loads(dumps(value))
         if name in schema()["properties"]:
             self._verify(name, plain)
         self._members[name] = plain
-        self._texts[name] = _dumps(plain)
+        self._texts[name] = dumps(plain)
 
     def _verify(self, section: str, value: object) -> None:
         try:
@@ -262,9 +261,9 @@ def parse(data: bytes, *, name: str) -> Report:
     if not data.strip():
         raise UsageError(f"{name}: empty; run again with --json to write a report")
     try:
-        report = json.loads(data, parse_constant=_constant, parse_float=_float, parse_int=_int)
+        report = loads(data)
     except (ValueError, RecursionError) as error:
-        told = "nested too deeply" if isinstance(error, RecursionError) else _first_line(error)
+        told = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise UsageError(
             f"{name}: not JSON as a report has it ({told}); write it again with --json"
         ) from None
@@ -283,8 +282,6 @@ def parse(data: bytes, *, name: str) -> Report:
     while version < SCHEMA_VERSION:
         report = _UPGRADES[version](report)
         version = report["schema_version"]
-    if b"\\ud" in data or b"\\uD" in data:
-        report = _without_surrogates(report)
     try:
         _check()(report, "report")
     except Misshapen as error:
@@ -310,64 +307,3 @@ def number(value: object) -> float | None:
         return float(value)  # type: ignore[arg-type]
     except OverflowError:
         return math.inf
-
-
-def _dumps(value: object) -> str:
-    try:
-        return json.dumps(value, allow_nan=False, default=_plain)
-    except ValueError:
-        return json.dumps(_finite(value), allow_nan=False, default=_plain)
-
-
-def _plain(value: Any) -> object:
-    """What JSON has for a value of ours: records, scalars of array libraries, paths, sets."""
-    if hasattr(value, "as_dict"):
-        return _finite(value.as_dict())
-    if hasattr(value, "item"):
-        return _finite(value.item())
-    if isinstance(value, (set, frozenset)):
-        return sorted(value, key=str)
-    return str(value)
-
-
-def _finite(value: Any) -> Any:
-    """The value with NaN and the infinities spelled as strings."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return _NOT_FINITE[str(value)]
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
-
-
-def _constant(text: str) -> float:
-    raise ValueError(f"{text} is no JSON number")
-
-
-def _float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is beyond what a float holds")
-    return value
-
-
-def _int(text: str) -> int:
-    if len(text) > 30:
-        raise ValueError(f"{text[:20]}... has {len(text)} digits")
-    return int(text)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
-
-
-def _without_surrogates(value: Any) -> Any:
-    """Strings that no encoding can write, made writable: a lone surrogate becomes U+FFFD."""
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, list):
-        return [_without_surrogates(item) for item in value]
-    if isinstance(value, dict):
-        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
-    return value

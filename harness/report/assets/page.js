@@ -103,7 +103,7 @@
   }
 
   function intervals(spec, options, narrow) {
-    const [low, high, ratio] = spec.series.map((series) => series.y);
+    const [low, ratio, high] = spec.series.map((series) => series.y);
     const hues = spec.x.map((name) => color(VERDICTS[name.split(":")[0]] ?? "--open"));
     options.indexAxis = "y";
     options.interaction = { mode: "nearest", axis: "y", intersect: false };

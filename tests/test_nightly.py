@@ -1,0 +1,124 @@
+"""The nightly workflow: its issues, its shape, and its commands on a clean checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import report_samples as samples
+import yaml
+
+from harness.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def steps(name):
+    """The commands of a workflow's one job, in their order."""
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())["jobs"].values()
+    return [step for step in job["steps"] if "run" in step]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_commands_hold_no_expression(path):
+    """A command takes what it needs from the environment: it runs as it stands, and injects nothing."""
+    jobs = yaml.safe_load(path.read_text())["jobs"].values()
+    commands = [step["run"] for job in jobs for step in job.get("steps", ()) if "run" in step]
+
+    assert not [command for command in commands if "${{" in command]
+    for command in commands:
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+@pytest.mark.skipif(shutil.which("npx") is None, reason="needs npx")
+@pytest.mark.slow
+def test_actionlint_finds_nothing():
+    """The workflows pass actionlint, by the command that CI runs."""
+    (command,) = re.findall(
+        r"run: (npx .*)", (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    )
+
+    subprocess.run(["bash", "-c", command], cwd=ROOT, check=True)
+
+
+GH = """#!/usr/bin/env python3
+import json, pathlib, sys
+store = pathlib.Path(sys.argv[0]).with_name("issues.json")
+issues = json.loads(store.read_text()) if store.exists() else []
+words = sys.argv[1:]
+option = lambda name: words[words.index(name) + 1]
+if words[:2] == ["issue", "create"]:
+    issues.append({"number": len(issues) + 1, "title": option("--title"), "open": True, "label": option("--label")})
+elif words[:2] == ["issue", "close"]:
+    issues[int(words[2]) - 1]["open"] = False
+elif words[:2] == ["issue", "list"]:
+    print(json.dumps([i for i in issues if i["open"] and i["label"] == option("--label")]))
+elif words[:2] != ["label", "create"]:
+    sys.exit(f"unknown: {words}")
+store.write_text(json.dumps(issues))
+"""
+
+
+def test_an_issue_is_opened_once_and_closed_when_its_row_is_gone(tmp_path, monkeypatch, capsys):
+    """Three nights: a spec breaks, stays broken, is mended; one issue opens, stays, closes."""
+    gh = tmp_path / "bin" / "gh"
+    gh.parent.mkdir()
+    gh.write_text(GH)
+    gh.chmod(0o755)
+    monkeypatch.setenv("PATH", str(gh.parent), prepend=os.pathsep)
+    bring = runpy.run_path(str(ROOT / ".github" / "issues.py"))["main"]
+    good = samples.check("good")
+    seen = []
+    for night, outcomes in enumerate(
+        ({"merge/no-drift": "failed"}, {"merge/no-drift": "failed"}, {})
+    ):
+        paths = samples.write(tmp_path, good, samples.check(f"night-{night}", outcomes))
+        compared = tmp_path / "compared"
+        main(["compare", *map(str, paths), "--json", str(compared / "check-peft.json")])
+        bring("cpu-pinned", compared)
+        issues = json.loads((gh.parent / "issues.json").read_text())
+        seen.append([(issue["title"], issue["open"]) for issue in issues])
+    capsys.readouterr()
+
+    title = "cpu-pinned: check-peft: worse: merge/no-drift"
+    assert seen == [[(title, True)], [(title, True)], [(title, False)]]
+
+
+@pytest.mark.slow
+def test_the_cpu_legs_commands_run_on_a_clean_checkout(tmp_path):
+    """Every command of the leg, in order, in a clone with nothing but a machine and an index."""
+    checkout = tmp_path / "checkout"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(checkout)], check=True)
+    given = {"TIER": "cpu", "LEG": "pinned", "ACCEPT": "false"}
+    plain = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("GITHUB_", "GH_", "PYTEST_", "VIRTUAL_ENV"))
+    }
+    for step in steps("leg.yml"):
+        done = subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", step["run"]],
+            check=False,
+            cwd=checkout,
+            env=plain | given,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, (step["name"], done.stdout[-3000:], done.stderr[-3000:])
+
+    pages = sorted(path.name for path in (checkout / "reports/runs/pages").iterdir())
+    assert pages == [
+        "check-loralib.html",
+        "check-peft.html",
+        "check-reference.html",
+        "finetune-loralib.html",
+        "finetune-peft.html",
+        "pytest.html",
+    ]
