@@ -188,7 +188,7 @@ def draws_A_from_a_normal() -> Adapter:  # noqa: N802
     def act(branch: Branch, generator: torch.Generator) -> None:
         if branch.lora_A.any():
             fill_normal(branch.lora_A, generator)
-            branch.lora_A /= len(branch.lora_A)
+            branch.lora_A.div_(len(branch.lora_A))
 
     return _initialized(act)
 

@@ -158,7 +158,11 @@ def _all_linear(keep: Callable[[list[tuple[str, nn.Module]], nn.Module], Any]) -
     def targets(self: Any, model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         if not isinstance(config.target_modules, str):
             return Reference.targets(self, model, config)
-        linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        linears: list[tuple[str, nn.Module]] = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
         return dict(keep(linears, model))
 
     adapter: Adapter = wrong(targets=targets)

@@ -41,3 +41,12 @@ def after_injection(act: Callable[[Any, Any], object]) -> Any:
         return model
 
     return wrong(inject=inject)
+
+
+def answering(act: Callable[[Any, Any, Any], Any]) -> Any:
+    """A reference whose adapted layers answer `act(layer, x, y)`, y being the right answer."""
+
+    def forward(self: Any, x: Any) -> Any:
+        return act(self, x, Adapted.forward(self, x))
+
+    return wrong(layer=layer(forward=forward))
