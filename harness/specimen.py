@@ -14,6 +14,7 @@ Whole models are Phi-3. The same case gives the same weights and inputs in every
     stack           12 layers with trap names in nested ModuleLists   shape (width, inner)
     tied            an embedding and a head that share one weight     shape (num, dim)
     shared          one nn.Linear reached under two names             shape (in, out)
+    nf4             one bitsandbytes Linear4bit, blocks of 64         shape (in, out)
     tiny, tiny-gqa  Phi-3, and any other model by name: harness.phi3
 """
 
@@ -26,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn import functional
+
+from harness.failure import NotRun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +48,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "stack": (6, 9),
     "tied": (13, 5),
     "shared": (11, 7),
+    "nf4": (128, 64),
 }
 
 CONVOLUTIONS = frozenset({"conv2d", "dilated", "grouped"})
@@ -153,6 +157,7 @@ def is_linear(case: Case) -> bool:
         "grouped",
         "fused",
         "fused-unequal",
+        "nf4",
     }
 
 
@@ -210,7 +215,8 @@ def _pristine(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1_000 + seed)
         model = _make(specimen, shape)
-    return model.to(device=device, dtype=getattr(torch, dtype))
+    # A Linear4bit is quantised as it is moved, from the dtype that it is to give back.
+    return model.to(dtype=getattr(torch, dtype)).to(device)
 
 
 def _make(specimen: str, shape: tuple[int, ...]) -> nn.Module:
@@ -231,9 +237,27 @@ def _make(specimen: str, shape: tuple[int, ...]) -> nn.Module:
             # A base's padding row need not be zero: pretrained ones rarely are.
             layer.weight[1].normal_()
         return One(layer)
+    if specimen == "nf4":
+        return _in_four_bits(nn.Linear(shape[0], shape[1]))
     i, o = shape
     rows = {"fused": 3 * o, "fused-unequal": 4 * o}.get(specimen, o)
     return One(nn.Linear(i, rows, bias=specimen != "bare"))
+
+
+def _in_four_bits(layer: nn.Linear) -> nn.Module:
+    """The layer as bitsandbytes holds it in NF4, in a model marked the way transformers marks them."""
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError as error:
+        raise NotRun(f"bitsandbytes cannot be imported: {error}") from error
+    made = Linear4bit(layer.in_features, layer.out_features, compress_statistics=False)
+    made.weight = Params4bit(
+        layer.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=False
+    )
+    made.bias = layer.bias
+    model: Any = One(made)
+    model.is_loaded_in_4bit = True
+    return model  # type: ignore[no-any-return]
 
 
 def inputs(case: Case, seed: int = 0) -> Any:

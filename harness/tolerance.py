@@ -212,6 +212,26 @@ def combined(magnitude: Tensor, *, r: int, factor_dtype: torch.dtype) -> Tensor:
     return torch.maximum(magnitude, whole) * (4 * u + accumulation(r + 4, factor_dtype))
 
 
+NF4_HALF_GAP = 0.152
+"""Half the widest gap of NF4's code, -1 to -0.6962 (arXiv 2305.14314, appendix E): the most by which a
+number in [-1, 1] is off its nearest code."""
+
+
+def requantised(W: Tensor, *, block: int = 64) -> Tensor:
+    """The budget of a weight that was merged and put into NF4 again, elementwise.
+
+    A block of consecutive elements is scaled by its largest, and each is off by half a gap at most. An
+    implementation that merges into a dense weight stays far below.
+
+    Args:
+        W: float64, W + ΔW.
+        block: how many elements share a scale.
+    """
+    flat = torch.nn.functional.pad(W.flatten(), (0, -W.numel() % block)).view(-1, block)
+    scale = flat.abs().amax(1, keepdim=True).expand_as(flat)
+    return NF4_HALF_GAP * scale.flatten()[: W.numel()].view_as(W)
+
+
 def smallest(dtype: torch.dtype) -> float:
     """The smallest normal number: what underflow may take from any term."""
     return float(torch.finfo(dtype).tiny)

@@ -1,0 +1,168 @@
+"""LoRA on a base in four bits: the base stays, the branch is exact, and merging is honest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from harness.case import Case
+from harness.failure import fail
+from harness.spec import spec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from harness.trial import Trial
+
+QLORA = "QLoRA, https://arxiv.org/abs/2305.14314"
+
+
+@spec(
+    "quantized/only-lora",
+    claim="On a 4-bit base exactly the factors MUST be trainable, and they MUST be of a floating dtype.",
+    why="Preparing a quantised model freezes everything: done after injection, the adapter too.",
+    source=(QLORA, "BUGS 105", "https://github.com/huggingface/trl/issues/3926"),
+    needs=("trainable/only-lora",),
+    features=("quantized_base",),
+    cases=(Case(specimen="nf4"),),
+    more_cases=(Case(specimen="nf4", dtype="bfloat16"),),
+)
+def only_lora(trial: Trial) -> None:
+    """Judge the trainable elements against the factors."""
+    from harness import storage
+
+    model = trial.inject()
+    factors = trial.factors(model)
+    for name, parts in factors.items():
+        for f in parts:
+            if not (f.A.is_floating_point() and f.B.is_floating_point()):
+                fail("dtype", expected="floating factors", actual=f"{f.A.dtype}", where=name)
+    ours = storage.elements(storage.handles(factors))
+    trained = storage.elements(p for p in model.parameters() if p.requires_grad)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and storage.covered(parameter, ours) != parameter.numel():
+            fail("names", expected="only factors to train", actual="it does too", where=name)
+    for tensor in storage.handles(factors):
+        if storage.covered(tensor, trained) != tensor.numel():
+            fail("state", expected="every factor trainable", actual="one is frozen")
+
+
+@spec(
+    "quantized/forward-equals-dequantised-oracle",
+    claim="On a 4-bit base the output MUST equal x·(W + scaling·B·A)ᵀ + bias for the dequantised W.",
+    why="An adapter trained against other weights than those it is served with makes up for an error "
+    "that is not there.",
+    source=(QLORA, "BUGS 28, 125", "https://github.com/unslothai/unsloth-zoo/pull/482"),
+    needs=("quantized/only-lora", "forward/equals-oracle"),
+    features=("quantized_base",),
+    cases=(Case(specimen="nf4"),),
+    more_cases=(Case(specimen="nf4", dtype="bfloat16"), Case(specimen="nf4", r=13, alpha=2.0)),
+)
+def forward_equals_dequantised_oracle(trial: Trial) -> None:
+    """Judge one layer with random factors."""
+    x = trial.inputs()
+    model = trial.adapted()
+    factors = trial.snapshot(model)
+    base = _dense(trial)
+    truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
+
+    trial.close(_call(trial, model, x), truth, budget, "output on the dequantised base")
+
+
+@spec(
+    "quantized/base-bits-unchanged",
+    claim="Training on a 4-bit base MUST move the factors, and leave the codes, their scales and the "
+    "base's outputs bit for bit.",
+    why="A base that is quantised again on the way is another base than the checkpoint's.",
+    source=(QLORA, "BUGS P9"),
+    needs=("quantized/forward-equals-dequantised-oracle", "training/base-unchanged"),
+    features=("quantized_base",),
+    cases=(Case(specimen="nf4"),),
+    more_cases=(Case(specimen="nf4", dtype="bfloat16"),),
+)
+def base_bits_unchanged(trial: Trial) -> None:
+    """Judge AdamW with decay: what the quantised layer holds, and outputs with zero factors."""
+    import torch
+
+    from harness import descent, specimen
+
+    base, x = trial.base(), trial.inputs()
+    bare, weight = _call(trial, base, x), _weight(base)
+    held = {"codes": weight.data, "scales": weight.quant_state.absmax}
+    kept = {name: tensor.clone() for name, tensor in held.items()}
+    model = trial.adapted(base)
+    before = trial.snapshot(model)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        specimen.loss(model, x).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    for name, (start, end) in descent.pairs(before, trial.snapshot(model)):
+        if torch.equal(start, end):
+            fail("no-effect", expected="training to move every factor", actual="none", where=name)
+    for name, tensor in held.items():
+        trial.same_bits(tensor, kept[name], f"the base's {name} after training")
+    with torch.no_grad():
+        for f in (f for parts in trial.factors(model).values() for f in parts):
+            f.A.zero_()
+            f.B.zero_()
+    trial.same_bits(_call(trial, model, x), bare, "outputs after training, with zero factors")
+
+
+@spec(
+    "quantized/merge-error-bounded",
+    claim="Merging into a 4-bit base MUST give W + ΔW within what rounding to four bits takes, or raise.",
+    why="A merge that drops or doubles the update looks like quantisation error, and is not.",
+    source=(QLORA, "BUGS 12, 28", "https://github.com/unslothai/unsloth-zoo/pull/810"),
+    needs=("quantized/forward-equals-dequantised-oracle", "merge/same-output"),
+    features=("quantized_base", "merge"),
+    cases=(Case(specimen="nf4"),),
+    more_cases=(Case(specimen="nf4", dtype="bfloat16"), Case(specimen="nf4", r=13, alpha=2.0)),
+)
+def merge_error_bounded(trial: Trial) -> None:
+    """Judge every weight, by what the merged layer makes of the unit vectors."""
+    import torch
+
+    from harness import oracle, tolerance
+
+    model = trial.inject()
+    factors = trial.randomize(model, effect=2.0)
+    adapter: Any = trial.adapter
+    try:
+        adapter.merge(model)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        trial.notes.append(f"merging into four bits raises {type(error).__name__}")
+        return
+    base: Any = _dense(trial)
+    units = torch.eye(base.proj.in_features, dtype=trial.dtype, device=trial.case.device)
+    W = base.proj.weight.detach().double().cpu() + oracle.delta(base.proj, factors["proj"])
+    truth, rounding = trial.truth(base, factors, units), trial.budget(base, factors, units)
+
+    budget = tolerance.requantised(W).T.to(rounding.device) + rounding
+    trial.close(_call(trial, model, units), truth, budget, "merged weight, by unit vectors")
+
+
+def _dense(trial: Trial) -> nn.Module:
+    """The base with its dequantised weight in a `nn.Linear`."""
+    import torch
+
+    from harness import oracle, specimen
+
+    base: Any = trial.base()
+    weight = oracle.weight_of(base.proj)
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], dtype=trial.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(base.proj.bias)
+    return specimen.One(layer).to(trial.case.device)
+
+
+def _call(trial: Trial, model: nn.Module, x: Tensor) -> Tensor:
+    """Outputs in train mode: in eval mode bitsandbytes repacks a CPU's weights and computes in bfloat16."""
+    return trial.call(model.train(), x)
+
+
+def _weight(base: Any) -> Any:
+    weight: Tensor = base.proj.weight
+    return weight
