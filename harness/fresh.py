@@ -9,6 +9,7 @@ nothing, and forks a child for each question. The server's hash seed is not this
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -17,7 +18,6 @@ import subprocess
 import sys
 from functools import lru_cache
 from importlib import import_module
-from typing import IO
 
 from harness.failure import NotRun
 
@@ -35,11 +35,13 @@ def call(module: str, function: str, *arguments: str) -> str:
     """
     if not hasattr(os, "fork"):
         raise NotRun("a fresh process needs a system that can fork")
-    requests, answers = _server(os.getpid())
+    server = _server(os.getpid())
+    assert server.stdin is not None
+    assert server.stdout is not None
     try:
-        requests.write(json.dumps([module, function, *arguments]) + "\n")
-        requests.flush()
-        answer = answers.readline()
+        server.stdin.write(json.dumps([module, function, *arguments]) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
     except OSError:
         answer = ""
     if not answer:
@@ -50,8 +52,8 @@ def call(module: str, function: str, *arguments: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _server(parent: int) -> tuple[IO[str], IO[str]]:  # noqa: ARG001  # a forked copy starts its own
-    """Started when first asked; it ends when this process does, as its input does."""
+def _server(parent: int) -> subprocess.Popen[str]:  # noqa: ARG001  # a forked copy starts its own
+    """Started when first asked; it ends when its input does, which is when this process does."""
     seed = HASH_SEEDS[os.environ.get("PYTHONHASHSEED") == HASH_SEEDS[0]]
     process = subprocess.Popen(
         [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {_START}"],
@@ -62,9 +64,18 @@ def _server(parent: int) -> tuple[IO[str], IO[str]]:  # noqa: ARG001  # a forked
         encoding="utf-8",
         env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
     )
+    atexit.register(_end, process)
+    return process
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Close its input, and wait; not in a copy of this process, whose child it is not."""
     assert process.stdin is not None
     assert process.stdout is not None
-    return process.stdin, process.stdout
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    process.stdout.close()
+    process.wait()
 
 
 _START = "from harness import fresh; fresh.serve()"

@@ -149,7 +149,7 @@ def bias_scaled(trial: Trial) -> None:
     why="A diverged adapter folded into the base destroys it; one bad layer is found too late.",
     source=("BUGS 37", "https://github.com/huggingface/peft/pull/3411"),
     features=("merge",),
-    needs=("merge/same-output",),
+    needs=("merge/weight-equals-oracle",),
     cases=(Case(specimen="stack"),),
 )
 def refuses_nan(trial: Trial) -> None:

@@ -113,7 +113,7 @@ class Adapted(nn.Module):
         for name in ("weight", "bias"):
             if f"{prefix}{name}" in state:
                 state[f"{prefix}base.{name}"] = state.pop(f"{prefix}{name}")
-        super()._load_from_state_dict(state, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state, prefix, *args)
 
     @property
     def weight(self) -> Tensor:

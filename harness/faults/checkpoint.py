@@ -199,10 +199,10 @@ class Cached(Reference):
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         own = super().state_dict(model)
-        known = _REMEMBERED.get(tuple((key, t.shape) for key, t in own.items()))
-        first = known and known()
+        key = tuple((name, tensor.shape) for name, tensor in own.items())
+        first = _REMEMBERED[key]() if key in _REMEMBERED else None
         if first is None:
-            _REMEMBERED[tuple((key, t.shape) for key, t in own.items())] = weakref.ref(model)
+            _REMEMBERED[key] = weakref.ref(model)
             return own
         return super().state_dict(first)
 

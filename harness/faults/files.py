@@ -26,7 +26,8 @@ MODE = "checkpoint/load-keeps-mode"
 
 class Pickles(Reference):
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        return super().state_dict(model) | {"config": self.config(model)}  # type: ignore[dict-item]  # the sin
+        state: dict[str, Any] = {**super().state_dict(model), "config": self.config(model)}
+        return state
 
     def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         self.require_unmerged(model, "load")

@@ -11,7 +11,7 @@ from harness.faults.merge import with_layer
 from harness.faults.record import fault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -113,7 +113,7 @@ def train_returns_none() -> Adapter:
 class Lambda(Adapted):
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
-        self.shape = lambda x: x
+        self.shape: Callable[[Tensor], Tensor] = lambda x: x
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.shape(x))

@@ -105,9 +105,9 @@ class ShiftsNorms(Reference):
     def merge(self, model: nn.Module) -> None:
         super().merge(model)
         with torch.no_grad():
-            for module in model.modules():
-                if "norm" in type(module).__name__.lower():
-                    module.weight += 1  # type: ignore[operator]  # a norm has one
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.add_(1)
 
 
 @fault(
