@@ -89,7 +89,7 @@ def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
     found = {}
     for name, tensor in state.items():
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-        mark = hashlib.blake2b(flat.numpy(), digest_size=16)
+        mark = hashlib.blake2b(flat.numpy().tobytes(), digest_size=16)
         mark.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
         found[name] = mark.hexdigest()
     return found

@@ -101,7 +101,7 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         merged[section][key] = value
     _check(merged)
     name = name_or_path if name_or_path in NAMES else Path(name_or_path).stem
-    recipe = Recipe(name=name, notes=tuple(dict.fromkeys(notes)), **merged)
+    recipe = _made(name, merged, tuple(dict.fromkeys(notes)))
     recipe.lora_config()
     return recipe
 
@@ -112,7 +112,18 @@ def restored(tables: Mapping[str, Any]) -> Recipe:
         name: dict(DEFAULTS[name] | tables.get(name, {})) for name in SECTIONS
     }
     _check(merged)
-    return Recipe(name=str(tables.get("name", "")), **merged)
+    return _made(str(tables.get("name", "")), merged)
+
+
+def _made(name: str, tables: dict[Section, dict[str, Any]], notes: tuple[str, ...] = ()) -> Recipe:
+    return Recipe(
+        name=name,
+        model=tables["model"],
+        data=tables["data"],
+        training_config=tables["training_config"],
+        peft_config=tables["peft_config"],
+        notes=notes,
+    )
 
 
 def _read(name_or_path: str) -> dict[str, Any]:
