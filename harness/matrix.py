@@ -110,7 +110,7 @@ def run_leg(requirements: Sequence[str], run: Sequence[str], folder: Path) -> Le
     with tempfile.TemporaryDirectory(prefix="lora-harness-") as scratch:
         path = Path(scratch) / "report.json"
         done = subprocess.run(
-            [python, "-m", "harness.cli", *run, "--json", str(path)],
+            [str(python), "-m", "harness.cli", *run, "--json", str(path)],
             capture_output=True,
             text=True,
             errors="replace",
@@ -139,7 +139,7 @@ def environment(requirements: Sequence[str], folder: Path) -> Path:
     if (home / "complete").is_file():
         return python
     venv.create(home, with_pip=True, clear=True)
-    asked = [python, "-c", "import site; print(site.getsitepackages()[0])"]
+    asked = [str(python), "-c", "import site; print(site.getsitepackages()[0])"]
     packages = Path(
         subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     )
@@ -147,7 +147,7 @@ def environment(requirements: Sequence[str], folder: Path) -> Path:
     below = "; ".join(f"site.addsitedir({path!r})" for path in site.getsitepackages())
     (packages / "underneath.pth").write_text(f"import site; {below}\n", encoding="utf-8")
     done = subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
+        [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
         capture_output=True,
         text=True,
         check=False,
