@@ -42,7 +42,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "embedding": (13, 5),
     "conv2d": (3, 4, 3, 3),
     "dilated": (3, 4, 3, 3),
-    "grouped": (4, 6, 3, 2),
+    "grouped": (4, 6, 3, 3),
     "fused": (10, 4),
     "fused-unequal": (10, 3),
     "stack": (6, 9),

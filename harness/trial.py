@@ -195,8 +195,11 @@ class Trial:
             )
         truth = self.truth(base, factors, given)
         dtype = max(self.dtype, coarse, key=tolerance.unit_roundoff)
-        rounded = self.call(oracle.merged(base, factors, dtype), _cast(given, dtype))
-        return tolerance.model(rounded.double() - truth, truth, dtype)
+        # The truth is float64 itself: what float64 rounds is told by float32, to scale.
+        seen = torch.float32 if dtype == torch.float64 else dtype
+        rounded = self.call(oracle.merged(base, factors, seen), _cast(given, seen))
+        scale = tolerance.unit_roundoff(dtype) / tolerance.unit_roundoff(seen)
+        return tolerance.model((rounded.double() - truth) * scale, truth, dtype)
 
     @property
     def factor_dtype(self) -> torch.dtype:

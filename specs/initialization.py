@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from harness.trial import Trial
 
 PAPER = "LoRA, section 4.1, https://arxiv.org/abs/2106.09685"
-LAYERS = ("linear", "bare", "embedding", "conv2d", "grouped", "fused", "fused-unequal", "stack")
+LAYERS = ("linear", "bare", "embedding", "conv2d", "grouped", "fused", "stack")
 DTYPES = ("bfloat16", "float16", "float64")
 
 

@@ -172,15 +172,15 @@ def nothing_else_trains(
     ]
     left = dict(wanted)
     for name, parameter in extra:
-        same = next((n for n, value in left.items() if same(value, parameter)), None)
-        if same is None:
+        meant = next((n for n, value in left.items() if same(value, parameter)), None)
+        if meant is None:
             fail(
                 "names",
                 expected=f"nothing trains but the factors{_and(wanted)}",
                 actual=f"{len(extra)} parameters more do",
                 where=name,
             )
-        del left[same]
+        del left[meant]
     if left:
         fail(
             "names",

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from harness.adapter import Adapter
+
 
 def wrong(**seams: Any) -> Any:
     """A reference with these members in the place of its own."""
@@ -43,10 +45,11 @@ def after_injection(act: Callable[[Any, Any], object]) -> Any:
     return wrong(inject=inject)
 
 
-def answering(act: Callable[[Any, Any, Any], Any]) -> Any:
+def answering(act: Callable[[Any, Any, Any], Any]) -> Adapter:
     """A reference whose adapted layers answer `act(layer, x, y)`, y being the right answer."""
 
     def forward(self: Any, x: Any) -> Any:
         return act(self, x, Adapted.forward(self, x))
 
-    return wrong(layer=layer(forward=forward))
+    adapter: Adapter = wrong(layer=layer(forward=forward))
+    return adapter
