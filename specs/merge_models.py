@@ -23,7 +23,7 @@ STEPS = 8
     why="A merge with side effects ruins norms, biases or neighbours, a little more each time.",
     source=("BUGS 27", "https://github.com/unslothai/unsloth/issues/219"),
     features=("merge",),
-    needs=("merge/same-output",),
+    needs=("merge/same-output", "merge/restores-base"),
     cases=(Case(specimen="stack"), Case(specimen="stack", dtype="bfloat16")),
 )
 def only_targets_change(trial: Trial) -> None:
@@ -111,7 +111,7 @@ def tied_weights(trial: Trial) -> None:
     why="A trained bias on B that a merge drops or does not scale shifts every output.",
     source=("BUGS 17", "https://github.com/huggingface/peft/issues/2725"),
     features=("merge", "lora_bias"),
-    needs=("merge/same-output",),
+    needs=("merge/same-output", "merge/restores-base"),
     cases=(Case(), Case(specimen="bare"), Case(dtype="bfloat16")),
 )
 def bias_scaled(trial: Trial) -> None:

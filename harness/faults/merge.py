@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.adapters.equation import Branch, ConvBranch, EmbeddingBranch
+from harness.adapters.quantized import with_weight
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
 from harness.faults.record import fault
@@ -51,8 +52,6 @@ class InPlace(Adapted):
 
 
 def _twin(base: Any) -> nn.Module:
-    from harness.adapters.quantized import with_weight
-
     return with_weight(
         base, base.weight.detach().clone(), base.bias if hasattr(base, "bias") else None
     )

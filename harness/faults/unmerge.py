@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from harness.adapters.quantized import with_weight
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted, Whole
 from harness.faults.merge import InPlace, with_layer
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 RESTORES = "merge/restores-base"
 
 
-class Subtracts(InPlace):
+class Subtracts(Adapted):
     """Unmerges by taking ΔW out again, as the factors have it now."""
 
     def taken_out(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
@@ -26,15 +27,14 @@ class Subtracts(InPlace):
         return self.merge_weight(weight, -delta, rows)
 
     def unmerge(self) -> None:
-        """W - ΔW, written into the base's own tensor."""
+        """The base with W - ΔW."""
         if self.kept:
-            before: Any = self.kept.pop()
-            if "bias" in self.base._parameters:
-                self.base.bias = before.bias
             weight: Any = self.base.weight
             with torch.no_grad():
                 for branch in self.branches:
-                    weight.copy_(self.taken_out(weight, branch.delta(self.base), branch.rows))
+                    weight = self.taken_out(weight, branch.delta(self.base), branch.rows)
+            before: Any = self.kept.pop()
+            self.base = with_weight(before, weight, getattr(before, "bias", None))
 
 
 class Unscaled(Subtracts):
