@@ -61,9 +61,12 @@ def test_a_layers_budget_lies_between_right_and_wrong(name: str, dtype: str) -> 
     assert found.wrong >= APART
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 def test_a_models_budget_lies_between_right_and_wrong(dtype: str) -> None:
-    """Twelve layers in a row, of whose 24 updates the least is left out; in half precision, all."""
+    """Twelve layers in a row, of whose 24 updates the least is left out; in float16, all.
+
+    In bfloat16 the rounding of twelve random layers is as large as that: no spec judges them there.
+    """
     case = Case(specimen="stack", dtype=dtype)
     trial = Trial(registry.resolve("reference"), case)
     base, x = trial.base(), trial.inputs()
@@ -89,7 +92,7 @@ def test_a_models_budget_lies_between_right_and_wrong(dtype: str) -> None:
         ("forward/gradients", "detaches_the_branchs_input", Case(dtype="bfloat16")),
         ("forward/dropout-gradients", "forgets_the_mask_backward", Case(dropout=0.4)),
         ("forward/autocast", "scales_by_alpha", Case()),
-        ("forward/phi3", "passes_by_unknown_parents", Case(specimen="tiny-gqa")),
+        ("forward/phi3", "passes_by_unknown_parents", Case(specimen="tiny")),
     ],
 )
 def test_a_specs_budget_lies_between_the_reference_and_its_fault(
