@@ -57,21 +57,16 @@ def filled(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def families(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The matrix of every report with specs: its families, each with its specs in order."""
-    return [
-        {
-            "index": index,
-            "name": named(report),
-            "rows": [
-                (plain(family, limit=60), list(results))
-                for family, results in groupby(
-                    report["results"], key=lambda one: one["spec"].partition("/")[0]
-                )
-            ],
-        }
-        for index, report in enumerate(reports)
-        if report["results"]
-    ]
+    """The matrix of every report with specs: its families, each with its specs, as they first came."""
+    found = []
+    for index, report in enumerate(reports):
+        rows: dict[str, list[Mapping[str, Any]]] = {}
+        for one in report["results"]:
+            family = plain(one["spec"].partition("/")[0], limit=60)
+            rows.setdefault(family, []).append(one)
+        if rows:
+            found.append({"index": index, "name": named(report), "rows": list(rows.items())})
+    return found
 
 
 def loud(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:

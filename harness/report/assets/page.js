@@ -200,7 +200,7 @@
   function open(hash) {
     const record = hash.startsWith("#record-") && document.getElementById(hash.slice(1));
     if (!record) return;
-    record.open = true;
+    for (let one = record; one; one = one.parentElement?.closest("details")) one.open = true;
     record.querySelector("summary").focus();
   }
   addEventListener("hashchange", () => open(location.hash));
@@ -223,7 +223,7 @@
   let closed = [];
   addEventListener("beforeprint", () => {
     root.classList.add("paper");
-    closed = [...document.querySelectorAll("details.spec:not([open])")];
+    closed = [...document.querySelectorAll("details.spec:not([open]), details:has(> details.spec):not([open])")];
     for (const one of closed) one.open = true;
     drawAll();
   });
