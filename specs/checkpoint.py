@@ -80,6 +80,17 @@ def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel() != 1}
 
 
+def disturb(model: nn.Module, *, seed: int, all_of_it: bool = False) -> None:
+    """Other values in all that trains, or in every parameter."""
+    import torch
+
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if all_of_it or parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=g).to(parameter))
+
+
 # -- what it holds ---------------------------------------------------------------------------------
 
 
@@ -98,12 +109,8 @@ def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
 )
 def only_lora(trial: Trial) -> None:
     """Compare every entry with every tensor of a base in which none is constant."""
-    import torch
-
     base = trial.base()
-    with torch.no_grad():
-        for parameter in base.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+    disturb(base, seed=5, all_of_it=True)
     frozen = {name: p.detach().clone() for name, p in base.named_parameters()}
     model = trial.adapted(base)
     state = tensors(trial.adapter.state_dict(model))
@@ -167,13 +174,13 @@ def complete(trial: Trial) -> None:
         )
     given = trial.inputs()
     model = trial.inject(config=config)
-    _disturb(model, seed=1)
+    disturb(model, seed=1)
     factors = trial.randomize(model)
     want, state = trial.call(model, given), kept(trial, model)
     for key, value in state.items():
         if isinstance(value, torch.Tensor) and not value.numel():
             fail("count", expected="no empty entry", actual=f"{key!r} has no element", where=key)
-    _disturb(model, seed=2)
+    disturb(model, seed=2)
     trial.randomize(model, seed=1)
     if trial.call(model, given).equal(want):
         fail("no-effect", expected="disturbed factors change the output", actual="nothing changes")
@@ -181,17 +188,6 @@ def complete(trial: Trial) -> None:
 
     same_factors(trial, model, factors, "factors after loading")
     trial.same_bits(trial.call(model, given), want, "output after loading")
-
-
-def _disturb(model: nn.Module, *, seed: int) -> None:
-    """Other values in all that trains."""
-    import torch
-
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=g))
 
 
 @spec(
@@ -268,8 +264,8 @@ def _reload_saved_module(trial: Trial) -> None:
     config = trial.config(target_modules=("v_proj",), modules_to_save=whole)
     given = trial.inputs()
     source, other = trial.inject(config=config), trial.inject(config=config, seed=1)
-    _disturb(source, seed=1)
-    _disturb(other, seed=2)
+    disturb(source, seed=1)
+    disturb(other, seed=2)
     trial.adapter.load_state_dict(other, kept(trial, source))
     want = trial.call(source, given)
     trial.same_bits(trial.call(other, given), want, "output after loading modules_to_save")

@@ -54,7 +54,7 @@ def _layer(trial: Trial) -> nn.Module:
 def _weight(base: nn.Module) -> Tensor:
     """W of the one layer, float64."""
     proj: Any = base.proj
-    doubled: Tensor = proj.weight.detach().double()
+    doubled: Tensor = proj.weight.detach().cpu().double()
     return doubled
 
 
