@@ -201,11 +201,16 @@ _GPU_FACTS = (
 
 
 def _gpus() -> list[dict[str, Any]]:
-    """Every GPU that the driver knows, by `nvidia-smi`; what it cannot say is None."""
+    """Every GPU that the driver knows, by `nvidia-smi`; what it cannot say is None.
+
+    Without `nvidia-smi`, those that torch sees, if it is loaded, with less to say.
+    """
     query = ",".join(("name", "driver_version", *(field for _, field, _ in _GPU_FACTS)))
     said = _said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits")
+    if said is None:
+        return _gpus_of_torch()
     gpus = []
-    for line in (said or "").splitlines():
+    for line in said.splitlines():
         name, driver, *values = (cell.strip() for cell in line.split(","))
         if len(values) != len(_GPU_FACTS):
             continue
@@ -221,6 +226,17 @@ def _gpus() -> list[dict[str, Any]]:
                 )
         gpus.append(gpu)
     return gpus
+
+
+def _gpus_of_torch() -> list[dict[str, Any]]:
+    torch: Any = sys.modules.get("torch")
+    if not hasattr(torch, "cuda") or not torch.cuda.is_available():
+        return []
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        {"name": one.name, "driver": None, "memory": _quantity(one.total_memory, "B")}
+        for one in found
+    ]
 
 
 def _cuda() -> tuple[str | None, str | None]:

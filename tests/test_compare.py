@@ -359,6 +359,18 @@ def test_a_pair_is_told_with_its_interval():
     assert "paired: 1.070 times, 1.040 to 1.100" in tell(compare(old, new))
 
 
+def test_the_terminal_has_a_screenful_of_what_is_not_loud():
+    """Every loud row is told; of the rest a screenful, and how many more there are."""
+    old, new = whole(samples.bench("old")), whole(samples.bench("new"))
+    for row in new["counters"]:
+        row["value"] += 1
+
+    lines = tell(compare(old, new)).splitlines()
+    assert sum(line.startswith("worse ") for line in lines) == len(new["counters"])
+    assert sum(line.startswith("shown ") for line in lines) == 25
+    assert "… and 87 more; --html and --json have them all" in lines
+
+
 def test_the_same_run_twice_is_refused(tmp_path, capsys):
     """A file against itself, or against its copy, is no comparison."""
     (path,) = samples.write(tmp_path, samples.check())

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from harness.report.rows import Row
     from harness.report.trend import Trend
 
+LOUD = ("worse", "removed")
+"""What is always told, however long it gets."""
+
+SCREENFUL = 25
+"""Rows of everything else."""
+
 
 def tell(found: Comparison, trend: Trend | None = None) -> str:
     """The comparison for a terminal: circumstances that differ, rows that are not the same, the sum."""
@@ -29,9 +35,11 @@ def tell(found: Comparison, trend: Trend | None = None) -> str:
             ),
             "",
         ]
-    moved = [row for row in found.rows if row.verdict != "same"]
+    loud = [row for row in found.rows if row.verdict in LOUD]
+    quiet = [row for row in found.rows if row.verdict not in {*LOUD, "same"}]
+    moved = loud + quiet[:SCREENFUL]
     if moved:
-        parts += [
+        parts.append(
             table(
                 (
                     (
@@ -45,9 +53,11 @@ def tell(found: Comparison, trend: Trend | None = None) -> str:
                     for row in moved
                 ),
                 ("verdict", "row", "where", "old", "new", "why"),
-            ),
-            "",
-        ]
+            )
+        )
+        if len(quiet) > SCREENFUL:
+            parts.append(f"… and {len(quiet) - SCREENFUL:,} more; --html and --json have them all")
+        parts.append("")
     if trend is not None:
         parts += [_tell_changes(trend), ""]
     return "\n".join([*parts, found.headline])
