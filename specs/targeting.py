@@ -237,7 +237,10 @@ def arguments_unchanged(trial: Trial) -> None:
     claim="A module reached under two names MUST be adapted as one, wherever it is used, and be known "
     "by its first name.",
     why="Where only one of its uses is adapted, training and merging are of different models.",
-    source=("DESIGN: A module reached under two names is one module, known by the first",),
+    source=(
+        "DESIGN: A module reached under two names is one module, known by the first",
+        "https://github.com/vllm-project/vllm/issues/39815",
+    ),
     needs=("targeting/exact-coverage", "forward/equals-oracle"),
     cases=(Case(specimen="shared", way="first"), Case(specimen="shared", way="second")),
 )
