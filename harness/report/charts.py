@@ -280,7 +280,10 @@ def _intervals(heading: str, rows: Iterable[tuple[Any, ...]]) -> Iterator[Chart]
             kind="interval",
             title=heading,
             note="The diamond is the ratio, the bar its interval.",
-            x=tuple(f"{verdict}: {name}" for verdict, name, *_ in shown),
+            x=tuple(
+                f"{verdict}: {name}{f', {where}' if where else ''}"
+                for verdict, name, where, *_ in shown
+            ),
             x_label="",
             y_label="ratio; under 1 is faster",
             series=tuple(

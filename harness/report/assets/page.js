@@ -113,7 +113,7 @@
     const room = (Math.max(...ends) - Math.min(...ends)) * 0.08 || 0.05;
     options.scales = {
       x: axis(spec.y_label, { min: Math.min(...ends) - room, max: Math.max(...ends) + room }),
-      y: axis("", { ticks: { autoSkip: false, callback: (_value, index) => shorten(spec.x[index], narrow ? 22 : 52) } }),
+      y: axis("", { ticks: { autoSkip: false, callback(_value, index) { return shorten(spec.x[index], Math.floor(this.chart.width / (narrow ? 15 : 14))); } } }),
     };
     return {
       type: "bar",
