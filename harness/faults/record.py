@@ -42,6 +42,7 @@ UNREPLAYED: dict[str, str] = {
     "70": "needs a file written by a later release of the same implementation",
     "75": "needs a file written before an upstream rename",
     "78": "a default list of targets for phi3: the contract always names its targets",
+    "106": "which model a preference trainer takes as its reference: no adapter is asked",
 }
 """Rows of BUGS.md that no fault replays, with the reason."""
 

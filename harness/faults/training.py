@@ -307,19 +307,23 @@ def factors_are_named_after_a_bias() -> Adapter:
 
 
 @fault(
-    sin="With labels and checkpoints together, the loss comes without a graph.",
+    sin="Under checkpoints and with a mask, as trainers call it, the body's output has no graph.",
     killed_by="training/sft-trainer-checkpointing",
     replays=("102",),
     varies="SFTTrainer with gradient checkpointing",
 )
-def loss_under_checkpointing_is_detached() -> Adapter:
-    def wrap(adapter: Any, model: Any, forward: Any) -> Any:  # noqa: ARG001
+def masked_checkpoints_lose_the_graph() -> Adapter:
+    def act(adapter: Any, model: Any) -> None:  # noqa: ARG001
+        if not hasattr(model, "config"):
+            return
+        forward = model.model.forward
+
         def called(*args: Any, **kwargs: Any) -> Any:
             out = forward(*args, **kwargs)
-            if model.is_gradient_checkpointing and out.get("loss") is not None:
-                out["loss"] = out["loss"].detach()
+            if model.is_gradient_checkpointing and kwargs.get("attention_mask") is not None:
+                out.last_hidden_state = out.last_hidden_state.detach()
             return out
 
-        return called
+        model.model.forward = called
 
-    return with_forward(wrap)
+    return after_injection(act)
