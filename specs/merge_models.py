@@ -230,54 +230,28 @@ def _greedy(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @spec(
-    "merge/while-merged",
-    claim="What is done while merged (disable, activate, delete) MUST be right or raise.",
-    why="A delta that stays baked in when its adapter is switched off is added to all that follows.",
-    source=("BUGS 42", "https://github.com/huggingface/peft/issues/3504"),
-    features=("merge",),
+    "merge/disabled-while-merged",
+    claim="Disabling a merged adapter MUST give the base's outputs, and then its own, or raise.",
+    why="A reference model taken from a merged policy would be the policy itself.",
+    source=("DESIGN.md: what is done while merged is right or raises", "BUGS 26, 42"),
+    features=("merge", "disable"),
     needs=("merge/same-output", "merge/restores-base"),
-    cases=(Case(way="disable"), Case(way="activate"), Case(way="delete")),
+    cases=(Case(), Case(specimen="stack")),
 )
-def while_merged(trial: Trial) -> None:
-    """Merge, do one thing, and compare the outputs with what that thing promises."""
-    way, adapter, given = trial.case.way, trial.adapter, trial.inputs()
-    if not trial.claims("disable" if way == "disable" else "multi_adapter"):
-        return
-    base, model = trial.base(), trial.adapted()
-    first = trial.snapshot(model)
-    # Each update may have been rounded into W and out of it again, at its own magnitude.
-    budget = 2 * trial.budget(base, first, given)
-    if way == "disable":
-        adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
-        try:
-            with adapter.disable(model):  # type: ignore[attr-defined]  # claimed
-                found = trial.call(model, given)
-        except Exception as error:  # noqa: BLE001  # refusing is right
-            trial.notes.append(f"refused: {type(error).__name__}")
-        else:
-            trial.close(found, trial.truth(base, {}, given), budget, "disabled output while merged")
-        after = trial.truth(base, first, given)
-        trial.close(trial.call(model, given), after, budget, "output after disabling while merged")
-        return
-    adapter.add(model, "second", trial.config())  # type: ignore[attr-defined]  # claimed
-    adapter.activate(model, "second")  # type: ignore[attr-defined]  # claimed
-    second = trial.randomize(model, seed=1)
-    budget = budget + 2 * trial.budget(base, second, given)
-    _switch_while_merged(trial, model)
-    merged, other = trial.truth(base, second, given), trial.truth(base, first, given)
-    found = trial.call(model, given)
-    refused = trial.notes and trial.notes[-1].startswith("refused")
-    trial.close(found, merged if refused else other, budget, f"output after {way} while merged")
-
-
-def _switch_while_merged(trial: Trial, model: nn.Module) -> None:
-    """Merge `second`, activate `default`, and delete `second`, as far as none is refused."""
+def disabled_while_merged(trial: Trial) -> None:
+    """Merge, disable, and compare the outputs inside and after."""
     adapter: Any = trial.adapter
+    base, given, model = trial.base(), trial.inputs(), trial.adapted()
+    factors = trial.snapshot(model)
+    # The update may have been rounded into W and out of it again, at its own magnitude.
+    budget = 2 * trial.budget(base, factors, given)
     adapter.merge(model)
     try:
-        adapter.activate(model, "default")
+        with adapter.disable(model):
+            found = trial.call(model, given)
     except Exception as error:  # noqa: BLE001  # refusing is right
         trial.notes.append(f"refused: {type(error).__name__}")
-        return
-    if trial.case.way == "delete":
-        adapter.delete(model, "second")
+    else:
+        trial.close(found, trial.truth(base, {}, given), budget, "disabled output while merged")
+    after = trial.truth(base, factors, given)
+    trial.close(trial.call(model, given), after, budget, "output after disabling while merged")

@@ -107,12 +107,12 @@ def leaves_saved_modules_out() -> Adapter:
 
 class ByName(Reference):
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        named = {k: t for k, t in model.state_dict().items() if "lora_gate" in k}
+        named = {k: t for k, t in model.state_dict().items() if k.endswith("lora_gate.weight")}
         return super().state_dict(model) | named
 
     def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         self.require_unmerged(model, "load")
-        ours = {key: tensor for key, tensor in state.items() if "lora_gate" not in key}
+        ours = {k: t for k, t in state.items() if not k.endswith("lora_gate.weight")}
         load_exactly(super().state_dict(model), ours)
 
 

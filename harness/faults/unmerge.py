@@ -85,10 +85,9 @@ def unmerges_a_rounded_update() -> Adapter:
 
 class MergesAgain(Reference):
     def merge(self, model: nn.Module) -> None:
-        for layer in self.layers(model).values():
-            if layer.branches:
-                merged = layer.merged()
-                layer.kept, layer.base = layer.kept or [layer.base], merged
+        merged = {layer: layer.merged() for layer in self.layers(model).values() if layer.branches}
+        for layer, module in merged.items():
+            layer.kept, layer.base = layer.kept or [layer.base], module
 
 
 @fault(
@@ -237,17 +236,17 @@ def decoding_forgets_that_it_is_merged() -> Adapter:
     return with_layer(ForgetsWhenDecoding)
 
 
-class NeverAsks(Reference):
-    def require_unmerged(self, model: nn.Module, verb: str) -> None:
-        if verb != "activate":
-            super().require_unmerged(model, verb)
+class StaysMerged(Adapted):
+    @property
+    def original(self) -> Any:
+        return self.base
 
 
 @fault(
-    sin="Another adapter is activated over one that is merged, whose update stays baked in.",
-    killed_by="merge/while-merged",
-    replays=("42",),
-    varies="two adapters, the first merged",
+    sin="Disabling switches the branch off, and what is merged into the weight stays in it.",
+    killed_by="merge/disabled-while-merged",
+    replays=("26", "42"),
+    varies="an adapter that is merged when it is disabled",
 )
-def leaves_a_merged_adapter_baked_in() -> Adapter:
-    return NeverAsks()
+def disabling_leaves_the_update_merged() -> Adapter:
+    return with_layer(StaysMerged)
