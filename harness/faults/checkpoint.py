@@ -428,6 +428,7 @@ def drops_entries_of_another_shape() -> Adapter:
 
 class WritesFirst(Reference):
     def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        self.require_unmerged(model, "load")
         own = self.state_dict(model)
         with torch.no_grad():
             for key, tensor in own.items():
