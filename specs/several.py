@@ -133,7 +133,7 @@ def number(value: float) -> Tensor:
         "https://github.com/huggingface/peft/issues/899",
         "https://github.com/huggingface/peft/pull/905",
     ),
-    needs=("several/switch", "training/loss-goes-down", "checkpoint/round-trip-bits"),
+    needs=("several/switch", "training/loss-goes-down", "checkpoint/safe-file"),
     features=("multi_adapter",),
     cases=(
         Case(way="train-free"),
