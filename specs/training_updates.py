@@ -170,6 +170,7 @@ def same_trajectory_as_reference(trial: Trial) -> None:
     needs=(
         "training/same-trajectory-as-reference",
         "training/deterministic",
+        "training/base-unchanged",
         "checkpoint/round-trip-bits",
     ),
     cases=(Case(), Case(way="optimizer-first"), Case(specimen="fused"), Case(specimen="tiny")),
