@@ -133,7 +133,12 @@ def number(value: float) -> Tensor:
         "https://github.com/huggingface/peft/issues/899",
         "https://github.com/huggingface/peft/pull/905",
     ),
-    needs=("several/switch", "training/loss-goes-down", "checkpoint/safe-file"),
+    needs=(
+        "several/switch",
+        "training/loss-goes-down",
+        "checkpoint/round-trip-bits",
+        "checkpoint/safe-file",
+    ),
     features=("multi_adapter",),
     cases=(
         Case(way="train-free"),
