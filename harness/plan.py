@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Iterator, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from harness.adapter import Adapter
     from harness.measure.counters import Counters
@@ -155,7 +155,7 @@ class _Base:
     """What is known of a base before an adapter changes its modules."""
 
     parameters: int
-    quantizable: tuple[nn.Parameter, ...]
+    quantizable: tuple[Tensor, ...]
     weight_bytes: int
 
 
@@ -219,13 +219,14 @@ def weights(model: str, dtype: str, quantization: Quantization) -> int:
         import torch
 
         head = base.get_output_embeddings()
-        dense = sum(p.numel() * p.element_size() for p in base.parameters())
+        dense: int = sum(p.numel() * p.element_size() for p in base.parameters())
         if quantization == "none":
             return dense
         linear = [m for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-        return dense - sum(
+        saved: int = sum(
             m.weight.numel() * m.weight.element_size() - nf4_bytes(m.weight.numel()) for m in linear
         )
+        return dense - saved
 
 
 def require_weights_fit(model: str, grid: Iterable[Point], budget: int) -> None:

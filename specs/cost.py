@@ -19,7 +19,7 @@ from harness.failure import fail
 from harness.spec import spec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
 
     import torch
     from torch import Tensor, nn
@@ -53,9 +53,8 @@ def _forward(trial: Trial, model: nn.Module) -> Count:
     return count
 
 
-def _bytes(tensors: Mapping[Any, Tensor] | list[Tensor]) -> int:
-    listed = tensors if isinstance(tensors, list) else list(tensors.values())
-    return sum(t.numel() * t.element_size() for t in listed)
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _factor_tensors(trial: Trial, model: nn.Module) -> list[Tensor]:
@@ -113,7 +112,7 @@ def inject_allocates_little(trial: Trial) -> None:
     base = trial.base()
     largest = max(p.numel() * p.element_size() for p in base.parameters())
     with counting(base) as count:
-        before = _bytes(list(base.parameters()))
+        before = _bytes(base.parameters())
         model = trial.inject(base)
         held = count.ledger.growth
     allowed = A_FEW * _bytes(_factor_tensors(trial, model))
@@ -271,7 +270,7 @@ def checkpoint_size(trial: Trial) -> None:
     state = trial.adapter.state_dict(model)
     file = io.BytesIO()
     torch.save(dict(state), file)
-    trained = _bytes([p for p in model.parameters() if p.requires_grad])
+    trained = _bytes(p for p in model.parameters() if p.requires_grad)
     factors = max(trained, _bytes(_factor_tensors(trial, model)))
     # A zip entry, a name and alignment for each tensor.
     header = 4_096 + 1_024 * len(state)

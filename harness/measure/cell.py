@@ -269,7 +269,7 @@ def in_process(cell: Cell, *, limit: float) -> tuple[Rows | None, str]:
     """
     import multiprocessing
 
-    context = multiprocessing.get_context("fork" if cell.device == "cpu" else "spawn")
+    context: Any = multiprocessing.get_context("fork" if cell.device == "cpu" else "spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(cell, theirs), daemon=True)
     process.start()

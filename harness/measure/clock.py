@@ -97,14 +97,14 @@ def _cuda_seconds(work: Callable[[], object], device: str, repeats: int) -> list
     samples = []
     with torch.cuda.device(device), uncollected():
         for _ in range(repeats):
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
+            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
-            start.record()  # type: ignore[no-untyped-call]
+            start.record()
             work()
-            end.record()  # type: ignore[no-untyped-call]
+            end.record()
             torch.cuda.synchronize()
-            samples.append(start.elapsed_time(end) / 1e3)  # type: ignore[no-untyped-call]
+            samples.append(start.elapsed_time(end) / 1e3)
     return samples
 
 

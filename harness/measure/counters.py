@@ -105,7 +105,7 @@ class Count:
             flops=dict(sorted(self.ledger.flops.items())),
             allocated_bytes=self.ledger.allocated_bytes,
             saved_bytes=self.ledger.saved_bytes,
-            peak=dict(peak),
+            peak={str(kind): size for kind, size in peak.items()},
             peak_at=" in ".join(filter(None, (operation, stage))),
             python_calls=self.calls,
         )

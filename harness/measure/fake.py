@@ -27,7 +27,7 @@ def fake_tensors() -> Iterator[None]:
     # The memo holds weak references to fresh fake tensors; `Module.to` refuses to convert a
     # parameter that has one, even to what it is already (torch 2.13, `torch.utils.swap_tensors`).
     # No real tensor is converted twice here, which is all that the memo is for.
-    mode.fake_tensor_converter.set_tensor_memo = _forget  # type: ignore[method-assign]
+    mode.fake_tensor_converter.set_tensor_memo = _forget  # type: ignore[method-assign, assignment]
     with mode, _one_sequence_a_row():
         yield
 

@@ -3,7 +3,7 @@
     −margin        0        +margin
        │           │           │
        │      [────┼─•──]      │               same
-       │           │    [──────┼─•───────]     worse
+       │           │      [────┼─•───────]     worse
        │         [─┼───────────┼─•───────]     not yet: go on, or inconclusive when the time is up
 
 Noise here has no normal distribution: it is one-sided, comes in bursts and has long tails. The
@@ -71,7 +71,7 @@ def decide(
 ) -> tuple[Verdict, Interval]:
     """What the rounds say of the second side's time over the first's.
 
-    Worse or better needs both: an interval that leaves out 0, and a median past the margin. Two
+    Worse or better needs both: an interval beyond half the margin, and a median past all of it. Two
     processes that do the same differ by up to a per cent, in where their memory lies; that is no
     change, however sure one can be of it. The same needs the whole interval within the margin.
 
@@ -82,9 +82,9 @@ def decide(
     """
     found = median_interval(log_ratios, error / (len(LOOKS) + 1))
     bound = math.log1p(margin)
-    if found.low > 0 and found.middle > bound:
+    if found.low > bound / 2 and found.middle > bound:
         return "worse", found
-    if found.high < 0 and found.middle < -bound:
+    if found.high < -bound / 2 and found.middle < -bound:
         return "better", found
     if -bound <= found.low and found.high <= bound:
         return "same", found

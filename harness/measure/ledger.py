@@ -14,6 +14,7 @@ depends on what ran before; what only a collection would free counts as live.
 It works the same on real and on fake tensors, where a storage has a size and no memory.
 """
 
+# ruff: noqa: SLF001 - storages and operators have no public identity
 from __future__ import annotations
 
 import gc
@@ -66,7 +67,7 @@ class _Life(weakref.ref):  # type: ignore[type-arg]
     line: int
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
     """Counts what is dispatched and what lives while it is entered.
 
     Attributes:
@@ -77,7 +78,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, *, logits_width: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
         self.allocated_bytes = 0

@@ -213,7 +213,8 @@ class _Process:
     def run(self, steps: int, deadline: float) -> float:
         """Median seconds of a step, in a block of `steps`."""
         self._say({"steps": steps})
-        return median(self.answer(deadline)["seconds"])
+        seconds: list[float] = self.answer(deadline)["seconds"]
+        return median(seconds)
 
     def answer(self, deadline: float) -> dict[str, Any]:
         """The next line; raises `_Lost` where there will be none."""

@@ -84,7 +84,7 @@ def training_step(
         ledger.label([out.logits], "logits")
         ledger.stage("backward", backward=True)
     del out  # a trainer keeps the loss alone
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     if ledger is not None:
         ledger.label((p.grad for p in model.parameters() if p.grad is not None), "gradients")
         ledger.stage("optimizer step")
@@ -134,7 +134,7 @@ def count_phases(
             yield count.ledger
         found[phase] = count.result()
 
-    _live(adapter, build(), config, batch, sequence, counted)
+    _live(adapter, build(), config, batch=batch, sequence=sequence, meter=counted)
     if calls:
 
         @contextmanager
@@ -143,7 +143,7 @@ def count_phases(
                 yield None
             found[phase] = replace(found[phase], python_calls=count.count)
 
-        _live(adapter, build(), config, batch, sequence, called)
+        _live(adapter, build(), config, batch=batch, sequence=sequence, meter=called)
     return found
 
 
@@ -151,6 +151,7 @@ def _live(
     adapter: Any,
     base: nn.Module,
     config: LoraConfig,
+    *,
     batch: int,
     sequence: int,
     meter: Callable[[Phase, nn.Module], AbstractContextManager[Ledger | None]],

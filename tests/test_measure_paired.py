@@ -1,0 +1,169 @@
+"""Paired timing: what is decided from rounds, and what becomes of a side that fails."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from itertools import pairwise
+
+import pytest
+
+from harness.errors import UsageError
+from harness.measure.interval import LOOKS, decide, median_interval
+from harness.measure.paired import Side, compare, rows
+
+
+def rounds(n, *, shift=0.0, seed=0):
+    """Log-ratios as a shared machine gives them: small noise, and a burst in one round of ten."""
+    draw = random.Random(seed)
+    return [
+        shift
+        + draw.gauss(0, 0.02)
+        + (draw.choice((-1, 1)) * draw.expovariate(2)) * (draw.random() < 0.1)
+        for _ in range(n)
+    ]
+
+
+def test_the_interval_is_that_of_the_sign_test():
+    """Of 10 values the 2nd and 9th enclose the median but for 2·(1 + 10)/1024 = 2.1 %."""
+    found = median_interval([float(k) for k in range(1, 11)], 0.05)
+
+    assert (found.low, found.middle, found.high) == (2.0, 5.5, 9.0)
+
+
+def test_too_few_values_say_nothing():
+    """Five signs cannot reach 5 %: 2/32 is 6.25 %."""
+    found = median_interval([1.0] * 5, 0.05)
+
+    assert (found.low, found.high) == (-math.inf, math.inf)
+
+
+def test_the_interval_misses_no_more_often_than_it_says():
+    """2,000 draws of 48 rounds with bursts: misses within three deviations of 5 %, or fewer."""
+    missed = 0
+    for seed in range(2000):
+        found = median_interval(rounds(48, seed=seed), 0.05)
+        missed += not found.low <= 0 <= found.high
+
+    assert missed <= 0.05 * 2000 + 3 * math.sqrt(0.05 * 0.95 * 2000)
+
+
+def answer(seed, shift):
+    """The first answer over all looks, as `compare` asks."""
+    values = rounds(LOOKS[-1], shift=shift, seed=seed)
+    for n in LOOKS:
+        verdict, _ = decide(values[:n], margin=0.02)
+        if verdict != "inconclusive":
+            return verdict
+    return "inconclusive"
+
+
+def test_looking_again_and_again_does_not_cry_wolf():
+    """Of 400 pairs that are the same, looked at seven times each, none is called a change."""
+    verdicts = [answer(seed, 0.0) for seed in range(400)]
+
+    assert set(verdicts) == {"same"}
+
+
+def test_five_per_cent_are_found():
+    """Of 200 pairs slowed by 5 %, all are called worse; of 200 sped up, all better."""
+    assert {answer(seed, math.log(1.05)) for seed in range(200)} == {"worse"}
+    assert {answer(seed, -math.log(1.05)) for seed in range(200)} == {"better"}
+
+
+def test_looks_are_spread():
+    """Each look has twice the rounds of the one before."""
+    assert all(b == 2 * a for a, b in pairwise(LOOKS))
+
+
+def interpreter(tmp_path, name, body):
+    """An executable in the place of a Python: it speaks the protocol, and loads no library."""
+    script = tmp_path / name
+    script.write_text(
+        f"#!{sys.executable}\nimport json, os, signal, sys, time\n"
+        "def say(**words): print(json.dumps(words), flush=True)\n"
+        "asked = json.loads(sys.stdin.readline())\n"
+        f"{body}\n"
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+STEADY = """
+say(ready=True)
+k = 0
+for line in sys.stdin:
+    k += 1
+    n = json.loads(line)["steps"]
+    say(seconds=[{second} * (1 + 0.001 * (k % 7))] * n, wall=0)
+"""
+
+
+def steady(tmp_path, second):
+    return Side(
+        adapter="x", python=interpreter(tmp_path, f"steady-{second}", STEADY.format(second=second))
+    )
+
+
+@pytest.mark.parametrize(
+    ("second", "verdict"), [(0.02, "same"), (0.0212, "worse"), (0.0189, "better")]
+)
+def test_a_pair_is_decided_at_a_look(tmp_path, second, verdict):
+    """Steady sides are told apart at the first look that can."""
+    found = compare(steady(tmp_path, 0.02), steady(tmp_path, second), seconds=30)
+
+    assert found.verdict == verdict
+    assert found.rounds in LOOKS
+    assert len(found.samples) == found.rounds
+    assert found.low <= found.ratio <= found.high
+    assert str(found).startswith(f"{verdict}: ")
+
+
+@pytest.mark.parametrize(
+    ("body", "note"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "the second side (x) died of SIGKILL"),
+        ("sys.exit(5)", "the second side (x) died with exit code 5"),
+        (
+            "say(ready=True)\nsys.stdin.readline()\nos.kill(os.getpid(), signal.SIGKILL)",
+            "the second side (x) died of SIGKILL",
+        ),
+        ("time.sleep(60)", "the second side (x) hangs: no answer when the time was up"),
+        ("say(error='ValueError: no')", "the second side (x) raised ValueError: no"),
+    ],
+)
+def test_a_side_that_fails_makes_the_answer_inconclusive(tmp_path, body, note):
+    """Dead at the start, dead in a round, hanging, raising: told, never a traceback."""
+    broken = Side(adapter="x", python=interpreter(tmp_path, "broken", body))
+    seconds = 3 if "sleep" in body else 30
+    found = compare(steady(tmp_path, 0.02), broken, seconds=seconds)
+
+    assert found.verdict == "inconclusive"
+    assert found.note == note
+    assert str(found) == f"inconclusive: {note}"
+
+
+def test_an_interpreter_that_is_not_there_is_wrong_usage(tmp_path):
+    """One line that says which."""
+    with pytest.raises(UsageError, match=r"^--python /no/such/python: cannot be run"):
+        compare(Side(adapter="x", python="/no/such/python"), steady(tmp_path, 1), seconds=1)
+
+
+@pytest.mark.parametrize(("seconds", "margin"), [(0, 0.02), (1, 0), (1, 1)])
+def test_bounds_that_answer_nothing_are_wrong_usage(seconds, margin):
+    """No time, or a margin that everything or nothing is within."""
+    with pytest.raises(UsageError, match=r"^paired timing: .* answer nothing"):
+        compare(Side(adapter="x"), Side(adapter="x"), seconds=seconds, margin=margin)
+
+
+def test_rows_keep_raw_samples_and_the_answer(tmp_path):
+    """Both sides' samples; the answer beside the second, against the first."""
+    first, second = steady(tmp_path, 0.02), steady(tmp_path, 0.03)
+    found = compare(first, second, seconds=30)
+    one, two = rows(found, first, second, ["1", "2"])
+
+    assert len(one["samples"]) == len(two["samples"]) == found.rounds
+    assert "paired" not in one
+    assert two["paired"]["verdict"] == "worse"
+    assert two["paired"]["against"] == "x"

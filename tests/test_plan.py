@@ -1,0 +1,183 @@
+"""The plan: what fits, what peaks, what to change; figures of FACTS at full size."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness import plan, registry
+from harness.cli import main
+from harness.errors import UsageError
+from harness.measure.memory import format_bytes
+from harness.report.schema import read
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+MINI = 3_821_079_552
+MEDIUM = 13_960_238_080
+
+
+@pytest.fixture(scope="module")
+def mini():
+    """mini-4k at 1,024 tokens, dense and NF4: one run on shapes alone."""
+    grid = plan.points(sequence=(1024,), batch=(1,), checkpointing=(False,))
+    found = plan.measure(registry.resolve("peft"), "mini-4k", grid)
+    return {planned.point.quantization: planned for planned in found}
+
+
+def test_parameters_of_mini_are_facts(mini):
+    """3,821,079,552 and, at r 16 on all linear layers, 25,165,824."""
+    dense = mini["none"]
+
+    assert dense.base_parameters == MINI
+    assert dense.lora_parameters == 25_165_824
+    assert dense.weight_bytes == 2 * MINI
+
+
+def test_matrix_work_of_mini_is_facts(mini):
+    """14.98 GFLOP a token at 1,024 tokens, attention's own products aside."""
+    products = {k: v for k, v in mini["none"].step.flops.items() if "attention" not in k}
+
+    assert round(sum(products.values()) / 1024 / 1e9, 2) == 14.98
+
+
+def test_static_kinds_of_mini_are_exact(mini):
+    """bf16 base; PEFT's float32 factors and two moments of each; a step count a tensor."""
+    peak = mini["none"].step.peak
+
+    assert peak["adapters"] == 4 * 25_165_824
+    assert peak["optimizer"] == 8 * 25_165_824 + 4 * 256
+    assert 0 <= peak["base weights"] - 2 * MINI < 4096  # the rotary frequencies
+
+
+def test_nf4_changes_the_base_and_a_layer_on_the_way(mini):
+    """The peaks differ by what the base saves, less at most one dense copy of a weight."""
+    dense, packed = mini["none"], mini["nf4"]
+    saved = dense.weight_bytes - packed.weight_bytes
+    largest = 2 * 3072 * 16384
+
+    assert 0 <= packed.peak_bytes - (dense.peak_bytes - saved) <= largest
+
+
+@pytest.mark.slow
+def test_parameters_of_medium_are_facts():
+    """13,960,238,080 and, at r 16, 55,705,600; grouped-query."""
+    grid = plan.points(sequence=(512,), batch=(1,), checkpointing=(True,), quantization=("none",))
+    (found,) = plan.measure(registry.resolve("peft"), "medium-4k", grid)
+
+    assert found.base_parameters == MEDIUM
+    assert found.lora_parameters == 55_705_600
+
+
+def test_nf4_storage_by_hand():
+    """128 numbers: 64 bytes, 2 scales, one float32 for them, and 273 float32 of tables."""
+    assert plan.nf4_bytes(128) == 64 + 2 + 4 * (1 + 273)
+
+
+def test_nf4_storage_is_what_bitsandbytes_stores():
+    """The formula against a weight that bitsandbytes quantised, every tensor of its state counted."""
+    torch = pytest.importorskip("torch")
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(192, 320)
+    packed, state = functional.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    inner = state.state2
+    held = [packed, state.absmax, state.code, state.offset, inner.absmax, inner.code]
+
+    assert plan.nf4_bytes(weight.numel()) == sum(t.numel() * t.element_size() for t in held)
+
+
+def test_a_grid_with_no_cell_is_wrong_usage():
+    """An axis without a value leaves nothing to plan."""
+    with pytest.raises(UsageError, match=r"^the grid has no cell; give each of its axes"):
+        plan.points(batch=())
+
+
+def run(capsys, *arguments):
+    code = main(["plan", *arguments])
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def test_a_budget_under_the_weights_says_by_how_much(capsys):
+    """mini-4k in NF4 is 2.11 GiB."""
+    code, out, err = run(capsys, "--budget", "1GiB")
+
+    assert code == 2
+    assert out == ""
+    assert err == (
+        "lora-harness plan: --budget: 1.00 GiB is 1.11 GiB less than the weights of mini-4k alone, "
+        "2.11 GiB in NF4; give more, or a smaller model\n"
+    )
+
+
+@pytest.mark.parametrize("budget", ["8G", "much", "0"])
+def test_a_budget_that_is_no_size_is_wrong_usage(capsys, budget):
+    """One line, exit 2."""
+    code, _, err = run(capsys, "--budget", budget)
+
+    assert code == 2
+    assert err.startswith(f"lora-harness plan: --budget: '{budget}' is no")
+
+
+def test_a_target_of_nothing_is_wrong_usage(capsys):
+    """Tokens of a step are counted from one."""
+    code, _, err = run(capsys, "--budget", "8GiB", "--target", "0")
+
+    assert code == 2
+    assert err.startswith("lora-harness plan: --target: 0 tokens per step")
+
+
+@pytest.fixture(scope="module")
+def tiny_grid():
+    """Tiny over checkpointing and quantization at one size."""
+    grid = plan.points(dtype=("float32",), batch=(1, 2), sequence=(64,))
+    return list(plan.measure(registry.resolve("peft"), "tiny", grid))
+
+
+def test_a_miss_is_told_what_seen_point_fits(tiny_grid):
+    """With room for all but the largest: one change that was seen to help, and its peak."""
+    by_size = sorted(tiny_grid, key=lambda p: p.peak_bytes)
+    told = plan.advice(by_size[-1], tiny_grid, by_size[-2].peak_bytes)
+
+    fitting = {format_bytes(p.peak_bytes) for p in by_size[:-1]}
+    assert told.split(": ")[-1] in fitting
+
+
+def test_a_miss_that_no_one_change_mends_names_its_largest_kind(tiny_grid):
+    """With room for nothing: the kind that is most of it."""
+    miss = max(tiny_grid, key=lambda p: p.peak_bytes)
+
+    assert plan.advice(miss, tiny_grid, 1).startswith(f"mostly {next(iter(miss.kinds))}: ")
+
+
+def test_several_batches_a_step_carry_their_gradients(tiny_grid):
+    """128 tokens a step from 64 a batch: two batches, whose gradients live on."""
+    one = next(p for p in tiny_grid if p.point.tokens == 64)
+    two = plan.with_target(one, 128)
+
+    assert two.batches == 2
+    assert two.peak_bytes == one.peak_bytes + one.step.peak["adapters"]
+    assert plan.with_target(one, 64) == one
+
+
+def test_the_command_lists_what_fits_and_writes_it(capsys, tmp_path):
+    """Both halves of the list, and a report whose kinds add up to the peak."""
+    path = tmp_path / "plan.json"
+    code, out, _ = run(
+        capsys,
+        *("--model", "tiny", "--budget", "6MiB", "--dtype", "float32", "--batch", "1,8"),
+        *("--sequence", "64", "--checkpointing", "off", "--quantization", "none"),
+        *("--json", str(path)),
+    )
+    report = read(path)
+
+    assert code == 0 or "0 of 2 fit" in out
+    assert "of 2 fit 6.00 MiB" in out
+    assert "nearest misses, and what to change" in out
+    assert report["finished"]
+    assert report["budget"] == 6 * 2**20
+    whole = [row for row in report["memory"] if "kind" not in row]
+    kinds = [row for row in report["memory"] if "kind" in row]
+    assert len(whole) == 2
+    assert sum(row["value"] for row in kinds) == sum(row["value"] for row in whole)
