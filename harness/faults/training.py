@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +13,14 @@ from harness.adapters.equation import Branch
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
 from harness.faults.record import fault
-from harness.faults.wrong import after_injection, layer, wrong
+from harness.faults.wrong import after_injection, wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from harness.adapter import Adapter
+
+_NUMBERS = count()
 
 UPDATE = "training/update-equivalence"
 CHECKPOINTING = "training/checkpointing-same-update"
@@ -33,7 +36,15 @@ def factors_of(adapter: Any, model: nn.Module) -> Iterator[tuple[Branch, nn.Para
 
 def linear(**seams: Any) -> dict[type[nn.Module], type[Branch]]:
     """The reference's branches, that of a `nn.Linear` with these members in place of its own."""
-    return {**Reference.branches, nn.Linear: type("Wrong", (Branch,), seams)}
+    return {**Reference.branches, nn.Linear: named(Branch, seams)}
+
+
+def named(base: type[Any], seams: dict[str, Any]) -> type[Any]:
+    """A subclass that pickle finds again by its name, so that being made here is not a sin of its own."""
+    name = f"Wrong{next(_NUMBERS)}"
+    made = type(name, (base,), {**seams, "__module__": __name__, "__qualname__": name})
+    globals()[name] = made
+    return made
 
 
 def with_hooks(make: Callable[[Branch, nn.Parameter], Callable[[Tensor], Tensor] | None]) -> Any:
@@ -64,7 +75,7 @@ def head_is_bypassed_in_training() -> Adapter:
             adapted.is_head = path.endswith("lm_head")
         return model
 
-    return wrong(layer=layer(forward=forward), inject=inject)
+    return wrong(layer=named(Adapted, {"forward": forward}), inject=inject)
 
 
 @fault(
@@ -92,7 +103,7 @@ def base_drifts_by_rounding_in_training() -> Adapter:
                     self.base.weight.mul_(3).div_(3).mul_(7).div_(7)
         return Adapted.forward(self, x)
 
-    return wrong(layer=layer(forward=forward))
+    return wrong(layer=named(Adapted, {"forward": forward}))
 
 
 @fault(
