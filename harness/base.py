@@ -15,11 +15,18 @@ from harness.errors import UsageError, first_line
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import nn
     from transformers import Phi3ForCausalLM
 
 SMALL = ("tiny", "tiny-gqa")
 """Models whose layers are too small to share: a second thread waits for the first, and on a busy
 machine waits long. One thread also makes a run's numbers the same whatever the number of cores."""
+
+KEPT_UNPACKED = (
+    "model.load_in_4bit: bitsandbytes' packed format for CPUs with AVX512-BF16 is kept off; it rounds the "
+    "base's scales and passes no gradient"
+)
+"""What a report notes of a 4-bit base on a CPU."""
 
 
 def device(settings: Mapping[str, Any]) -> str:
@@ -96,4 +103,18 @@ def _quantized(
             f"model {source}: cannot be loaded in 4 bits ({first_line(error)})"
         ) from error
     model.config.use_cache = options["use_cache"]
+    _keep_unpacked(model)
     return model.eval()
+
+
+def _keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes (0.49 to 0.50, at least) from repacking weights at their first evaluation.
+
+    On CPUs with AVX512-BF16 it then rewrites the layer's weight in place and rounds its scales to
+    bfloat16; `state_dict` packs them back, rounding again: the base drifts by how often it is looked
+    at, and no fresh process repeats that. Worse, the packed product has no derivative, and training
+    after an evaluation silently loses every gradient that goes through the base.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain flag

@@ -317,9 +317,6 @@ def eval_loss_went_down(before: float | None, after: float | None) -> Proof:
 def base_unchanged(before: Mapping[str, str], model: nn.Module) -> Proof:
     """Property 5: every tensor of the base has the bits it had before injection."""
     now = checkpoint.digests(model.state_dict())
-    # Of a 4-bit base the packed weights: their scales, `weight.absmax` and its like, bitsandbytes
-    # itself rewrites at the first evaluation.
-    before = {name: mark for name, mark in before.items() if ".weight." not in name}
     places = checkpoint.base_keys(before, now)
     changed = [
         name for name, mark in before.items() if name not in places or now[places[name]] != mark

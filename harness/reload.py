@@ -66,9 +66,6 @@ def reload(request: dict[str, Any]) -> dict[str, Any]:
         found |= _two_stages(adapter, injected, pretrained, marks, checkpoint.read(folder))
     injection.evaluating(injected, adapter)
     kept = load_file(folder / PROBE)
-    if quantized:
-        # bitsandbytes rewrites its scales at the first evaluation, as it has in the trained model.
-        probe(injected, kept["ids"], kept["mask"])
     logits = probe(injected, kept["ids"], kept["mask"]).cpu()
     # Bits, not values: 0.0 and -0.0 differ, and NaN equals itself.
     width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[logits.element_size()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,8 @@ def _run(request: dict[str, Any], folder: RunFolder, held: list[Run]) -> int:
         flush=True,
     )
     for note in run.notes:
-        print(f"  note: {note}", flush=True)
+        told = textwrap.fill(f"note: {note}", 100, initial_indent="  ", subsequent_indent="    ")
+        print(told, flush=True)
     with Recorder(
         folder.report,
         kind="finetune",

@@ -66,6 +66,8 @@ class Run:
             self.base, self.recipe.lora_config(), partial=bool(request["partial"])
         )
         self.notes += self.recipe.notes
+        if self.quantized and self.device == "cpu":
+            self.notes.append(base.KEPT_UNPACKED)
         if settings["gradient_checkpointing"]:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
         self.marks = checkpoint.digests(self.base.state_dict())
