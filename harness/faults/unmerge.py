@@ -68,6 +68,23 @@ def stays_merged_where_nothing_was_folded() -> Adapter:
     return with_layer(Flagged)
 
 
+class Truncates(Subtracts):
+    def taken_out(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
+        whole = super().taken_out(weight, delta, rows)
+        part = slice(None) if rows is None else rows
+        whole[part] = torch.nextafter(whole[part], torch.zeros_like(whole[part]))
+        return whole
+
+
+@fault(
+    sin="Unmerging cuts the last bits off instead of rounding: each cycle ends nearer to zero.",
+    killed_by="merge/no-drift",
+    varies="many cycles",
+)
+def truncates_when_unmerging() -> Adapter:
+    return with_layer(Truncates)
+
+
 class CastOnceMore(Subtracts):
     def taken_out(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
         return super().taken_out(weight, delta.to(weight.dtype).to(delta.dtype), rows)
@@ -75,7 +92,7 @@ class CastOnceMore(Subtracts):
 
 @fault(
     sin="Unmerging rounds ΔW to the base's dtype and merging does not: each cycle leaves the rest.",
-    killed_by="merge/no-drift",
+    killed_by="merge/no-drift-in-half-precision",
     replays=("38",),
     varies="half precision, and many cycles",
 )
