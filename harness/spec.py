@@ -164,7 +164,7 @@ def catalogue() -> dict[str, Spec]:
             raise ValueError(f"specs need each other in a ring: {' -> '.join((*above, item.id))}")
         for need in item.needs:
             if need not in _CATALOGUE:
-                continue  # LEAD: temporary while families land; raise again at the end
+                raise ValueError(f"{item.id} needs {need}, which is not in the catalogue")
             place(_CATALOGUE[need], (*above, item.id))
         ordered.setdefault(item.id, item)
 
