@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     Cell = str
     RankRow = tuple[float, float, Mapping[str, Any]]
 
-MOST = 24
+MOST = 48
 """Charts of one kind on a page; every value is in the tables all the same."""
 
 
@@ -147,11 +147,14 @@ def against_rank(reports: Iterable[Mapping[str, Any]]) -> list[Chart]:
                 groups[key][plain(row["subject"], limit=60)].append((rank, value, row))
     charts = []
     for (section, metric, unit, phase, rest), lines in groups.items():
-        ranks = sorted({rank for rows in lines.values() for rank, _, _ in rows})
+        ranks = sorted({rank for rows in lines.values() for rank, _, _ in rows if rank > 0})
         if len(ranks) < 2:
             continue
         scale, shown = scaled([value for rows in lines.values() for _, value, _ in rows], unit)
-        found = {name: {rank: value for rank, value, _ in rows} for name, rows in lines.items()}
+        found = {
+            name: _over(ranks, {rank: value for rank, value, _ in rows})
+            for name, rows in lines.items()
+        }
         is_bytes = section == "memory" and unit in {"B", "bytes"}
         charts.append(
             Chart(
@@ -178,8 +181,8 @@ def against_rank(reports: Iterable[Mapping[str, Any]]) -> list[Chart]:
                 ),
             )
         )
-    # A reader looks for one metric at a time.
-    return sorted(charts, key=lambda chart: (chart.title, chart.note))[:MOST]
+    # A reader looks for one metric at a time, and for training first.
+    return sorted(charts, key=lambda chart: (*_weight(chart.title), chart.title, chart.note))[:MOST]
 
 
 def memory_by_kind(reports: Iterable[Mapping[str, Any]]) -> list[Chart]:
@@ -337,12 +340,24 @@ def scaled(values: Sequence[float], unit: str) -> tuple[float, str]:
     return next(((scale, name) for scale, name in steps if size >= scale), (1.0, unit))
 
 
+def _weight(heading: str) -> tuple[int, int]:
+    def first(*words: str) -> int:
+        return next((at for at, word in enumerate(words) if word in heading), len(words))
+
+    return first("training", "evaluation", "merged"), first("tokens", "throughput", "peak")
+
+
+def _over(ranks: Sequence[float], values: dict[float, float]) -> dict[float, float]:
+    """The values at each rank; what has no adapter, and so the rank 0, is the same at all."""
+    return dict.fromkeys(ranks, values[0.0]) if set(values) == {0.0} else values
+
+
 def _rest(row: Mapping[str, Any]) -> str:
     """A row's model and conditions without the rank, in words."""
     others = {
         key: compact(value)
         for key, value in (row.get("conditions") or {}).items()
-        if key not in {"r", "alpha", "lora_alpha"}
+        if key not in {"r", "alpha", "lora_alpha"} and value is not None
     }
     return place({"model": row.get("model"), "conditions": others})
 

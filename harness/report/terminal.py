@@ -9,6 +9,8 @@ from harness.report.rows import told
 from harness.report.words import named
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from harness.report.compare import Comparison
     from harness.report.rows import Row
     from harness.report.trend import Trend
@@ -38,6 +40,9 @@ def tell(found: Comparison, trend: Trend | None = None) -> str:
     loud = [row for row in found.rows if row.verdict in LOUD]
     quiet = [row for row in found.rows if row.verdict not in {*LOUD, "same"}]
     moved = loud + quiet[:SCREENFUL]
+    shared = _shared(moved)
+    if shared:
+        parts += [f"everywhere  {', '.join(shared)}", ""]
     if moved:
         parts.append(
             table(
@@ -45,7 +50,7 @@ def tell(found: Comparison, trend: Trend | None = None) -> str:
                     (
                         row.verdict or "shown",
                         row.name,
-                        row.where,
+                        ", ".join(part for part in row.where.split(", ") if part not in shared),
                         told(row, row.old),
                         told(row, row.new),
                         _interval(row) or row.why,
@@ -61,6 +66,14 @@ def tell(found: Comparison, trend: Trend | None = None) -> str:
     if trend is not None:
         parts += [_tell_changes(trend), ""]
     return "\n".join([*parts, found.headline])
+
+
+def _shared(rows: Sequence[Row]) -> list[str]:
+    """The conditions that all of several rows have, so that they are told once."""
+    places = [row.where.split(", ") for row in rows]
+    if len(places) < 2:
+        return []
+    return [part for part in places[0] if part and all(part in place for place in places)]
 
 
 def _tell_changes(trend: Trend) -> str:

@@ -96,7 +96,9 @@ def conditions(row: Mapping[str, Any]) -> str:
     """A row's conditions in words: `r=8, dtype=float32`."""
     parts = (row.get("conditions") or {}).items()
     return ", ".join(
-        f"{plain(key, limit=60)}={plain(compact(value), limit=60)}" for key, value in parts
+        f"{plain(key, limit=60)}={plain(compact(value), limit=60)}"
+        for key, value in parts
+        if value is not None
     )
 
 

@@ -11,6 +11,15 @@
   const color = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const drawn = [];
 
+  // An implementation, or a kind of memory, keeps its colour and mark from chart to chart.
+  const places = { line: new Map(), bar: new Map() };
+  const lasting = (spec, name, index) => {
+    if (spec.x_label !== "rank r") return index;
+    const known = places[spec.kind];
+    if (!known.has(name)) known.set(name, known.size);
+    return known.get(name);
+  };
+
   // A line across the chart, at the budget or at no change, with its name.
   const limitLine = {
     id: "limitLine",
@@ -85,7 +94,7 @@
         ticks: { maxTicksLimit: 6 },
       }),
     };
-    const datasets = spec.series.map((series, index) => ({
+    const datasets = spec.series.map((series, at) => [series, lasting(spec, series.name, at)]).map(([series, index]) => ({
       label: series.name,
       data: series.y,
       borderColor: bar ? color("--sheet") : hue(series, index),
