@@ -306,7 +306,7 @@ def test_exit_codes(rows, fail_on, code):
     assert compare(*map(whole, reports)).exit_code(parse_words(fail_on)) == code
 
 
-@pytest.mark.parametrize("text", ["wrose", "worse,gone", "", ","])
+@pytest.mark.parametrize("text", ["worser", "worse,gone", "", ","])
 def test_an_unknown_word_of_fail_on_is_told(text):
     """A word that is none of the seven is refused, with the seven."""
     with pytest.raises(UsageError, match=r"--fail-on: .*; give some of worse, removed"):
