@@ -112,7 +112,7 @@ class LoraConfig:
 
         if isinstance(self.target_modules, str):
             head = _output_head(model)
-            found = {
+            found: dict[str, nn.Module] = {
                 name: module
                 for name, module in model.named_modules()
                 if isinstance(module, nn.Linear) and module is not head
@@ -120,7 +120,8 @@ class LoraConfig:
             if not found:
                 raise ValueError('target_modules: "all-linear" matches no nn.Linear in the model')
             return found
-        found, matched = {}, set()
+        found = {}
+        matched: set[str] = set()
         aliases: dict[int, str] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             first = aliases.setdefault(id(module), name)

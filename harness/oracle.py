@@ -77,7 +77,7 @@ def weight_of(module: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
-    return weight  # type: ignore[return-value]  # nn.Module's attributes are typed as a union
+    return weight
 
 
 def merged(base: nn.Module, factors: Snapshot, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Literal
@@ -152,6 +153,7 @@ def spec(
     return enter
 
 
+@cache
 def catalogue() -> dict[str, Spec]:
     """Every spec by id, needed ones before those that need them. Loads no heavy library."""
     # By name: in the tree its files stand at the top, see pyproject.toml.

@@ -211,7 +211,8 @@ def _pristine(
     if specimen not in SHAPES:
         from harness import phi3
 
-        return phi3.load(specimen, dtype=dtype, device=device, seed=seed)
+        loaded: nn.Module = phi3.load(specimen, dtype=dtype, device=device, seed=seed)
+        return loaded
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1_000 + seed)
         model = _make(specimen, shape)

@@ -66,8 +66,11 @@ def markdown(matrix: Matrix, problems: list[str]) -> str:
     lines: list[str] = [
         "# Kill matrix",
         "",
-        f"{len(matrix.faults)} planted faults judged by every spec of the core tier, "
-        f"spec version {SPEC_VERSION}; {len(matrix.correct)} correct implementations: {', '.join(row.name for row in matrix.correct)}.",
+        (
+            f"{len(matrix.faults)} planted faults judged by every spec of the core tier; spec version "
+            f"{SPEC_VERSION}; {len(matrix.correct)} correct implementations: "
+            f"{', '.join(row.name for row in matrix.correct)}."
+        ),
         "Made by `python -m harness.faults --output reports`.",
         "",
         *(

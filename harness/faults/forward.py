@@ -32,7 +32,7 @@ def scales_by_alpha() -> Adapter:
         y: Tensor = Branch.forward(self, base, x)
         return y * len(self.lora_A)
 
-    return wrong(branches=branches(forward=forward))  # type: ignore[no-any-return]
+    return wrong(branches=branches(forward=forward))
 
 
 @fault(
@@ -48,7 +48,7 @@ def casts_its_input_to_whole_numbers() -> Adapter:
         return Branch.drop(self, x.to(torch.int8))
 
     kinds = branches(drop=drop)
-    return wrong(branches={**kinds, nn.Embedding: EmbeddingBranch})  # type: ignore[no-any-return]
+    return wrong(branches={**kinds, nn.Embedding: EmbeddingBranch})
 
 
 @fault(
@@ -66,7 +66,7 @@ def acts_on_the_last_position() -> Adapter:
         return y
 
     own = type("LastPosition", (Branch,), {"forward": forward})
-    return wrong(branches={**Reference.branches, nn.Linear: own})  # type: ignore[no-any-return]
+    return wrong(branches={**Reference.branches, nn.Linear: own})
 
 
 @fault(
@@ -84,7 +84,7 @@ def reads_a_view_as_its_storage() -> Adapter:
         return Branch.drop(self, x)
 
     own = type("Strideless", (Branch,), {"drop": drop})
-    return wrong(branches={**Reference.branches, nn.Linear: own})  # type: ignore[no-any-return]
+    return wrong(branches={**Reference.branches, nn.Linear: own})
 
 
 @fault(
@@ -125,7 +125,7 @@ def keeps_an_old_update() -> Adapter:
         return y
 
     own = type("Cached", (Branch,), {"forward": forward})
-    return wrong(branches={**Reference.branches, nn.Linear: own})  # type: ignore[no-any-return]
+    return wrong(branches={**Reference.branches, nn.Linear: own})
 
 
 def _scaled(scale: Any) -> Adapter:
@@ -198,7 +198,7 @@ def passes_by_unknown_parents() -> Adapter:
             parent = model.get_submodule(path.rpartition(".")[0])
             adapted.enabled = type(parent).__name__ != "Phi3MLP"
 
-    return after_injection(act)  # type: ignore[no-any-return]
+    return after_injection(act)
 
 
 @fault(
@@ -212,6 +212,6 @@ def swallows_arguments() -> Adapter:
     def known(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {name: v for name, v in kwargs.items() if name != "output_hidden_states"}
 
-    return after_injection(  # type: ignore[no-any-return]
+    return after_injection(
         lambda _, model: model.register_forward_pre_hook(known, with_kwargs=True)
     )

@@ -134,7 +134,7 @@ def looks_up_untransposed() -> Adapter:
             return Branch.forward(self, base, x)
         return self.scaling * functional.embedding(x, self.lora_B @ self.lora_A)  # type: ignore[no-any-return]
 
-    return wrong(branches=branches(EmbeddingBranch, forward=forward))  # type: ignore[no-any-return]
+    return wrong(branches=branches(EmbeddingBranch, forward=forward))
 
 
 @fault(
@@ -149,7 +149,7 @@ def leaves_the_padding_index_out() -> Adapter:
         y: Tensor = Branch.forward(self, base, x) * (x != base.padding_idx)[..., None]
         return y
 
-    return wrong(branches=branches(EmbeddingBranch, forward=forward))  # type: ignore[no-any-return]
+    return wrong(branches=branches(EmbeddingBranch, forward=forward))
 
 
 def _convolved(down: Any) -> Adapter:

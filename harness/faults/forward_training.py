@@ -112,7 +112,7 @@ def drops_the_bases_input() -> Adapter:
         y: Tensor = Adapted.forward(self, x)
         return y
 
-    return wrong(layer=layer(forward=forward))  # type: ignore[no-any-return]
+    return wrong(layer=layer(forward=forward))
 
 
 @fault(
@@ -141,7 +141,7 @@ def detaches_the_branchs_input() -> Adapter:
     def drop(self: Any, x: Tensor) -> Tensor:
         return x if isinstance(self, EmbeddingBranch) else Branch.drop(self, x.detach())
 
-    return wrong(branches=branches(drop=drop))  # type: ignore[no-any-return]
+    return wrong(branches=branches(drop=drop))
 
 
 @fault(
@@ -157,7 +157,7 @@ def detaches_A() -> Adapter:  # noqa: N802
         y: Tensor = super(type(self), self).up(base, x.detach())
         return y
 
-    return wrong(branches=branches(up=up))  # type: ignore[no-any-return]
+    return wrong(branches=branches(up=up))
 
 
 @fault(
@@ -175,4 +175,4 @@ def adds_in_place() -> Adapter:
         y += update.to(y.dtype)
         return y
 
-    return wrong(layer=layer(add=add))  # type: ignore[no-any-return]
+    return wrong(layer=layer(add=add))

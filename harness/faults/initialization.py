@@ -67,7 +67,7 @@ def changes_the_norms_epsilon() -> Adapter:
                 if hasattr(module, name):
                     setattr(module, name, 1e-6)
 
-    return after_injection(act)  # type: ignore[no-any-return]
+    return after_injection(act)
 
 
 @fault(
@@ -84,7 +84,7 @@ def forgets_the_bases_bias() -> Adapter:
         plain = isinstance(self.base, nn.Linear) and self.base.bias is not None and self.enabled
         return y - self.base.bias if plain and not self.kept else y
 
-    return wrong(layer=layer(forward=forward))  # type: ignore[no-any-return]
+    return wrong(layer=layer(forward=forward))
 
 
 @fault(
@@ -115,7 +115,7 @@ def copies_the_base() -> Adapter:
     def __init__(self: Any, base: nn.Module) -> None:  # noqa: N807
         Adapted.__init__(self, copy.deepcopy(base))
 
-    return wrong(layer=layer(__init__=__init__))  # type: ignore[no-any-return]
+    return wrong(layer=layer(__init__=__init__))
 
 
 @fault(
@@ -134,7 +134,7 @@ def rounds_the_base() -> Adapter:
                 if weight.is_floating_point():
                     weight.copy_(weight.bfloat16())
 
-    return after_injection(act)  # type: ignore[no-any-return]
+    return after_injection(act)
 
 
 @fault(
@@ -151,7 +151,7 @@ def draws_from_the_system() -> Adapter:
         drawn.seed()
         return drawn
 
-    return wrong(generator=generator)  # type: ignore[no-any-return]
+    return wrong(generator=generator)
 
 
 @fault(
@@ -174,7 +174,7 @@ def shares_A_between_layers() -> Adapter:  # noqa: N802
             branch.lora_A = self.pool.setdefault(key, branch.lora_A)
         return made
 
-    return wrong(attach=attach, make_branches=make_branches)  # type: ignore[no-any-return]
+    return wrong(attach=attach, make_branches=make_branches)
 
 
 @fault(
@@ -201,4 +201,4 @@ def draws_A_from_a_normal() -> Adapter:  # noqa: N802
 )
 def draws_from_the_global_state() -> Adapter:
     """As most implementations do."""
-    return wrong(generator=lambda _, __: torch.default_generator)  # type: ignore[no-any-return]
+    return wrong(generator=lambda _, __: torch.default_generator)

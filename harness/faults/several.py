@@ -64,11 +64,11 @@ def second_adapter_matches_by_substring() -> Adapter:
     def targets(self: Any, model: Any, config: Any) -> dict[str, nn.Module]:
         if not self.state(model).configs or isinstance(config.target_modules, str):
             return config.targets(model)  # type: ignore[no-any-return]
+        adaptable: tuple[type[nn.Module], ...] = tuple(self.branches)
         return {
             path: module
             for path, module in model.named_modules()
-            if isinstance(module, tuple(self.branches))
-            and any(name in path for name in config.target_modules)
+            if isinstance(module, adaptable) and any(name in path for name in config.target_modules)
         }
 
     return wrong(targets=targets)
@@ -279,11 +279,12 @@ def disable_keeps_biases_silently() -> Adapter:
     return wrong(disable=disable)
 
 
-def combining(change: Any) -> Any:
+def combining(change: Any) -> Adapter:
     """A reference whose `combine` is given `change(names, weights)`."""
 
     def combine(self: Any, model: Any, names: Any, weights: Any, new_name: str) -> None:
-        Reference.combine(self, model, *change(names, weights), new_name)
+        names, weights = change(names, weights)
+        Reference.combine(self, model, names, weights, new_name)
 
     return wrong(combine=combine)
 

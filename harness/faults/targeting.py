@@ -73,7 +73,7 @@ def adapts_the_last_layer_alone() -> Adapter:
         last = {name.rpartition(".")[2]: name for name in Reference.targets(self, model, config)}
         return {name: model.get_submodule(name) for name in last.values()}
 
-    return wrong(targets=targets)  # type: ignore[no-any-return]
+    return wrong(targets=targets)
 
 
 @fault(
@@ -92,7 +92,7 @@ def skips_nested_lists() -> Adapter:
         found = Reference.targets(self, model, config)
         return {name: module for name, module in found.items() if not nested(name)}
 
-    return wrong(targets=targets)  # type: ignore[no-any-return]
+    return wrong(targets=targets)
 
 
 @fault(
@@ -111,7 +111,7 @@ def joins_two_names() -> Adapter:
             return found
         return {n: m for n, m in found.items() if not matches(n, names[-1])}
 
-    return wrong(targets=targets)  # type: ignore[no-any-return]
+    return wrong(targets=targets)
 
 
 @fault(
@@ -130,7 +130,7 @@ def ignores_unmatched_names() -> Adapter:
         there = [t for t in config.target_modules if any(matches(name, t) for name in names)]
         return replace(config, target_modules=tuple(there)).targets(model)
 
-    return wrong(targets=targets)  # type: ignore[no-any-return]
+    return wrong(targets=targets)
 
 
 @fault(
@@ -149,7 +149,7 @@ def makes_an_error_and_does_not_raise_it() -> Adapter:
             ValueError(f"no module to adapt: {error}")  # noqa: PLW0133  # the sin
             return {}
 
-    return wrong(targets=targets)  # type: ignore[no-any-return]
+    return wrong(targets=targets)
 
 
 def _all_linear(keep: Callable[[list[tuple[str, nn.Module]], nn.Module], Any]) -> Adapter:
@@ -206,7 +206,7 @@ def keeps_the_old_adapter() -> Adapter:
     def inject(self: Any, model: Any, config: LoraConfig) -> Any:
         return model if hasattr(model, "_lora") else Reference.inject(self, model, config)
 
-    return wrong(inject=inject)  # type: ignore[no-any-return]
+    return wrong(inject=inject)
 
 
 @fault(
@@ -228,7 +228,7 @@ def adapts_its_own_layers() -> Adapter:
             outer.base = inner
         return model
 
-    return wrong(inject=inject)  # type: ignore[no-any-return]
+    return wrong(inject=inject)
 
 
 @fault(
@@ -245,7 +245,7 @@ def writes_into_the_configuration() -> Adapter:
         object.__setattr__(config, "target_modules", tuple(self.layers(model)))
         return model
 
-    return wrong(inject=inject)  # type: ignore[no-any-return]
+    return wrong(inject=inject)
 
 
 @fault(
@@ -261,7 +261,7 @@ def writes_into_the_checkpoint() -> Adapter:
         load_exactly(self.state_dict(model), state)
         state.update({key: tensor.clone() for key, tensor in state.items()})
 
-    return wrong(load_state_dict=load_state_dict)  # type: ignore[no-any-return]
+    return wrong(load_state_dict=load_state_dict)
 
 
 @fault(
@@ -281,4 +281,4 @@ def adapts_one_of_two_uses() -> Adapter:
             module.active = self.state(model).active
         return module
 
-    return wrong(wrapper=wrapper)  # type: ignore[no-any-return]
+    return wrong(wrapper=wrapper)

@@ -29,7 +29,7 @@ BIASES = "trainable/bias-modes"
 )
 def freezes_its_factors() -> Adapter:
     """Trainability is set once more, by code that knows no adapter."""
-    return wrong(set_trainability=lambda self, model: self.freeze(model))  # type: ignore[no-any-return]
+    return wrong(set_trainability=lambda self, model: self.freeze(model))
 
 
 @fault(
@@ -45,7 +45,7 @@ def leaves_the_norms_trainable() -> Adapter:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("norm" in name)
 
-    return wrong(freeze=freeze)  # type: ignore[no-any-return]
+    return wrong(freeze=freeze)
 
 
 @fault(
@@ -62,7 +62,7 @@ def sets_free_by_prefix() -> Adapter:
             if name.startswith("model.layers.1"):
                 parameter.requires_grad_(True)
 
-    return after_injection(act)  # type: ignore[no-any-return]
+    return after_injection(act)
 
 
 @fault(
@@ -78,7 +78,7 @@ def marks_by_name() -> Adapter:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
 
-    return wrong(freeze=freeze)  # type: ignore[no-any-return]
+    return wrong(freeze=freeze)
 
 
 def _renamed(kind: type[Branch]) -> type[Branch]:
@@ -105,7 +105,7 @@ def _renamed(kind: type[Branch]) -> type[Branch]:
 def calls_its_factors_down_and_up() -> Adapter:
     """Right in everything but the name."""
     kinds = {nn.Linear: Branch, nn.Embedding: EmbeddingBranch, nn.Conv2d: ConvBranch}
-    return wrong(branches={base: _renamed(kind) for base, kind in kinds.items()})  # type: ignore[no-any-return]
+    return wrong(branches={base: _renamed(kind) for base, kind in kinds.items()})
 
 
 @fault(
@@ -126,7 +126,7 @@ def clips_the_rank_to_the_width() -> Adapter:
             config = replace(config, r=r, lora_alpha=alpha)
         return Reference.make_branches(self, path, base, adapter, config)
 
-    return wrong(make_branches=make_branches)  # type: ignore[no-any-return]
+    return wrong(make_branches=make_branches)
 
 
 def _biases_under(mode: str, as_if: str) -> Adapter:
@@ -175,7 +175,7 @@ def saves_no_bias() -> Adapter:
         kept = self.factor_tensors(model) | self.whole_tensors(model)
         return {key: tensor.detach() for key, tensor in kept.items()}
 
-    return wrong(state_dict=state_dict)  # type: ignore[no-any-return]
+    return wrong(state_dict=state_dict)
 
 
 @fault(
@@ -193,7 +193,7 @@ def renews_its_parameters_in_train_mode() -> Adapter:
                 setattr(branch, name, nn.Parameter(old.detach().clone(), old.requires_grad))
         return Adapted.train(self, mode)
 
-    return wrong(layer=layer(train=train))  # type: ignore[no-any-return]
+    return wrong(layer=layer(train=train))
 
 
 @fault(
@@ -208,4 +208,4 @@ def keeps_its_factors_in_half_precision() -> Adapter:
     def make_branches(self: Any, *args: Any) -> list[Branch]:
         return [branch.to(torch.bfloat16) for branch in Reference.make_branches(self, *args)]
 
-    return wrong(make_branches=make_branches)  # type: ignore[no-any-return]
+    return wrong(make_branches=make_branches)

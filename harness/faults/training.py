@@ -47,13 +47,15 @@ def named(base: type[Any], seams: dict[str, Any]) -> type[Any]:
     return made
 
 
-def with_hooks(make: Callable[[Branch, nn.Parameter], Callable[[Tensor], Tensor] | None]) -> Any:
+def with_hooks(
+    make: Callable[[Branch, nn.Parameter], Callable[[Tensor], Tensor] | None],
+) -> Reference:
     """A reference whose factors' gradients go through a hook each."""
 
     def act(adapter: Any, model: nn.Module) -> None:
         for branch, factor in factors_of(adapter, model):
             if hook := make(branch, factor):
-                factor.register_hook(hook)
+                factor.register_hook(hook)  # type: ignore[no-untyped-call]
 
     return after_injection(act)
 
@@ -258,7 +260,7 @@ def loading_makes_new_parameters() -> Adapter:
     return wrong(load_state_dict=load_state_dict)
 
 
-def with_forward(wrap: Callable[[Any, Any, Any], Any]) -> Any:
+def with_forward(wrap: Callable[[Any, Any, Any], Any]) -> Reference:
     """A reference whose adapted Phi-3 is called through `wrap(adapter, model, forward)`."""
 
     def act(adapter: Any, model: Any) -> None:

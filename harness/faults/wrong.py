@@ -13,12 +13,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from harness.adapter import Adapter
 
-
-def wrong(**seams: Any) -> Any:
+def wrong(**seams: Any) -> Reference:
     """A reference with these members in the place of its own."""
-    return type("Wrong", (Reference,), seams)()
+    adapter: Reference = type("Wrong", (Reference,), seams)()
+    return adapter
 
 
 def branches(kind: type[Branch] = Branch, **seams: Any) -> dict[type[nn.Module], type[Branch]]:
@@ -34,7 +33,7 @@ def layer(**seams: Any) -> type[Adapted]:
     return type("Wrong", (Adapted,), seams)
 
 
-def after_injection(act: Callable[[Any, Any], object]) -> Any:
+def after_injection(act: Callable[[Any, Any], object]) -> Reference:
     """A reference that does `act(adapter, model)` once the model is adapted."""
 
     def inject(self: Any, model: Any, config: Any) -> Any:
@@ -45,11 +44,10 @@ def after_injection(act: Callable[[Any, Any], object]) -> Any:
     return wrong(inject=inject)
 
 
-def answering(act: Callable[[Any, Any, Any], Any]) -> Adapter:
+def answering(act: Callable[[Any, Any, Any], Any]) -> Reference:
     """A reference whose adapted layers answer `act(layer, x, y)`, y being the right answer."""
 
     def forward(self: Any, x: Any) -> Any:
         return act(self, x, Adapted.forward(self, x))
 
-    adapter: Adapter = wrong(layer=layer(forward=forward))
-    return adapter
+    return wrong(layer=layer(forward=forward))
