@@ -8,6 +8,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,41 @@ def test_an_issue_is_opened_once_and_closed_when_its_row_is_gone(tmp_path, monke
     assert seen == [[(title, True)], [(title, True)], [(title, False)]]
 
 
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [((False, False), 0), ((True, False), 1), ((False, True), 1), ((None, False), 0)],
+)
+def test_a_night_is_red_where_one_comparison_is(tmp_path, changes, code):
+    """Any comparison with a worse row turns the step red, whatever comes after; an undecided one none."""
+    (command,) = (
+        step["run"] for step in steps("leg.yml") if step["name"].startswith("Compare with")
+    )
+    for index, change in enumerate(changes):
+        old, new = samples.check(f"old-{index}"), samples.check(f"new-{index}")
+        if change is None:
+            new["model"] = "another"
+        elif change:
+            new["results"][3]["outcome"] = "failed"
+        for folder, report in (("last/tonight", old), ("tonight", new)):
+            path = tmp_path / "reports/runs" / folder / f"check-{index}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(report))
+    bin_ = tmp_path / ".venv" / "bin"
+    bin_.mkdir(parents=True)
+    (bin_ / "lora-harness").write_text(f'#!/bin/sh\nexec {sys.executable} -m harness.cli "$@"\n')
+    (bin_ / "lora-harness").chmod(0o755)
+
+    summary = tmp_path / "summary.md"
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", command],
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"GITHUB_STEP_SUMMARY": str(summary)},
+    )
+    assert done.returncode == code
+    assert summary.read_text().count("## ") == 2
+
+
 @pytest.mark.slow
 def test_the_cpu_legs_commands_run_on_a_clean_checkout(tmp_path):
     """Every command of the leg, in order, in a clone with nothing but a machine and an index."""
@@ -115,6 +151,7 @@ def test_the_cpu_legs_commands_run_on_a_clean_checkout(tmp_path):
 
     pages = sorted(path.name for path in (checkout / "reports/runs/pages").iterdir())
     assert pages == [
+        "bench.html",
         "check-loralib.html",
         "check-peft.html",
         "check-reference.html",
