@@ -98,8 +98,11 @@ def bench(folder, *arguments):
     """The command in a process of its own, where killed.py can be imported."""
     (folder / "killed.py").write_text(KILLER)
     return subprocess.run(
-        [sys.executable, "-m", "harness.cli", "bench", "--repeats", "2", "--sequence", "8"]
-        + ["--rank", "2", *arguments],
+        [
+            *(sys.executable, "-m", "harness.cli", "bench"),
+            *("--repeats", "2", "--sequence", "8", "--rank", "2"),
+            *arguments,
+        ],
         cwd=folder,
         capture_output=True,
         text=True,

@@ -28,7 +28,7 @@ from harness.measure.phases import (
 )
 
 # PEFT and the reference ask transformers 5.23 for an attribute under its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 sys.path.insert(0, str(Path(__file__).parent))
 from measured import TARGETS, lora, small  # noqa: E402  # beside this file

@@ -10,7 +10,7 @@ from harness.errors import UsageError
 from harness.measure.memory import format_bytes
 from harness.report.schema import read
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 MINI = 3_821_079_552
 MEDIUM = 13_960_238_080

@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.benchmark,
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
 ]
 
 SIDES = ("reference", "peft", "loralib")
