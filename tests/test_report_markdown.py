@@ -51,6 +51,16 @@ def test_a_report_is_a_screenful():
     assert lines[0].startswith("## 🔴")
 
 
+def test_a_blocked_spec_has_no_line_of_its_own():
+    """One cause, one line: the failure has one, what it blocks is counted."""
+    report = samples.check("bad", {"merge/same-output": "failed", "merge/no-drift": "blocked"})
+
+    text = markdown.report(whole(report))
+    assert "`merge/same-output`" in text
+    assert "merge/no-drift" not in text
+    assert "1 failed, 1 blocked, 71 passed." in text
+
+
 def test_an_unfinished_report_says_so():
     """A cut-off run is told as one."""
     assert "**Unfinished:**" in markdown.report(whole(samples.check(finished=False)))
@@ -70,17 +80,21 @@ def test_nothing_in_a_name_acts():
 def test_github_gets_an_error_for_each_failure(tmp_path, capsys):
     """One annotation a failed spec, escaped as workflow commands want it."""
     report = samples.check("bad", {"merge/same-output": "failed"}, finished=False)
+    report["results"][25]["level"] = "MUST"
+    report["results"][0] |= {"level": "SHOULD", "outcome": "failed", "failures": []}
     report["results"][25]["sentence"] = "100 % merged\n::error::not a command"
     (path,) = samples.write(tmp_path, report)
 
     assert main(["report", str(path), "--github"]) == 0
-    error, warning = capsys.readouterr().out.splitlines()
+    should, error, warning = capsys.readouterr().out.splitlines()
     assert error == (
         "::error title=peft 0.21.2 tiny%2C 2026-01-02 03%3A00%3A merge/same-output::"
         "100 %25 merged ::error::not a command; expected W + ΔW within the budget of bfloat16; "
         "actual ΔW added twice; "
         "lora-harness check peft --only merge/same-output --case specimen=linear,dtype=bfloat16"
     )
+    assert should.startswith("::warning title=")
+    assert should.endswith("MUST hold exact coverage.")
     assert warning == (
         "::warning title=peft 0.21.2 tiny%2C 2026-01-02 03%3A00::the run was cut short"
     )

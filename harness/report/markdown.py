@@ -128,16 +128,20 @@ def report(found: Mapping[str, Any]) -> str:
 
 
 def github(found: Mapping[str, Any]) -> Iterator[str]:
-    """GitHub's workflow commands: an error for every failed spec, a warning for an unfinished run."""
+    """GitHub's workflow commands: an error for a failed MUST; a warning for a SHOULD, or a cut-off run."""
     for one in found["results"]:
         if one["outcome"] != "failed":
             continue
         first = (one.get("failures") or [{}])[0]
-        parts = [one.get("sentence"), f"expected {plain(first.get('expected', ''))}"]
-        parts += [f"actual {plain(first.get('actual', ''))}", first.get("reproduce")]
+        parts = [one.get("sentence")]
+        parts += [
+            f"{name} {plain(first[name])}" for name in ("expected", "actual") if name in first
+        ]
+        parts.append(first.get("reproduce"))
         message = "; ".join(plain(part) for part in parts if part)
         heading = f"{named(found)}: {plain(one['spec'])}"
-        yield f"::error title={_property(heading)}::{_data(message)}"
+        weight = "warning" if one.get("level") == "SHOULD" else "error"
+        yield f"::{weight} title={_property(heading)}::{_data(message)}"
     if not found["finished"]:
         yield f"::warning title={_property(named(found))}::the run was cut short"
 
@@ -170,9 +174,10 @@ def _sign(found: Comparison) -> str:
 
 
 def _failures(results: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    # One cause, one line: what is only blocked is in the sum.
     loud = sorted(
-        (one for one in results if one["outcome"] not in {"passed", "not_claimed"}),
-        key=lambda one: list(OUTCOMES).index(one["outcome"]),
+        (one for one in results if one["outcome"] in {"failed", "not_run", "known"}),
+        key=lambda one: (list(OUTCOMES).index(one["outcome"]), one.get("level") == "SHOULD"),
     )
     for one in loud:
         first = (one.get("failures") or [{}])[0]
