@@ -11,6 +11,7 @@ prints goes to standard error, so that only answers travel on the pipe.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -79,6 +80,7 @@ def judge(
 
     from harness.trial import Trial, seed_all
 
+    _set_modules_aside()
     random.seed(case.seed)
     np.random.seed(case.seed)  # noqa: NPY002  # implementations draw from the old global generator
     seed_all(case.seed)
@@ -96,6 +98,17 @@ def judge(
         trial.close_folders()
         torch.set_grad_enabled(True)
     return broken, trial.margins, trial.notes
+
+
+_modules = 0
+
+
+def _set_modules_aside() -> None:
+    """Keep what modules made out of garbage collection: they stay, and to walk them takes longest."""
+    global _modules  # noqa: PLW0603  # of the process, as the modules are
+    if len(sys.modules) != _modules:
+        _modules = len(sys.modules)
+        gc.freeze()
 
 
 def told(
