@@ -78,7 +78,7 @@ def _unreadable(path: Path) -> str:
 @spec(
     "checkpoint/save-restores-settings",
     claim="`load` into a bare base MUST give back factors, scaling and settings as they were saved.",
-    why="An adapter that is reloaded under another scaling is another adapter.",
+    why="An adapter that is reloaded under another scaling, or without its dropout, is another adapter.",
     source=(
         "BUGS 19, 23, 73",
         "https://github.com/vllm-project/vllm/issues/10798",
@@ -89,6 +89,7 @@ def _unreadable(path: Path) -> str:
     cases=(
         Case(),
         Case(way="rslora"),
+        Case(way="dropout", dropout=0.5),
         Case(dtype="bfloat16"),
         Case(way="lora_bias"),
         Case(specimen="embedding"),
@@ -118,10 +119,20 @@ def save_restores_settings(trial: Trial) -> None:
     trial.adapter.save(model, folder)  # type: ignore[attr-defined]  # the feature brings it
     base = specimen.build(trial.case.with_(seed=int(way == "another-base")))
     truth, budget = trial.truth(base, factors, given), trial.budget(base, factors, given)
-    loaded = trial.adapter.load(base, folder)  # type: ignore[attr-defined]  # likewise
+    loaded = trial.adapter.load(base, folder, trainable=way == "dropout")  # type: ignore[attr-defined]  # likewise
     trial.unmerged(loaded)
 
     same_factors(trial, loaded, factors, "factors after save and load")
+    if way == "dropout":
+        loaded.train()
+        if trial.call(loaded, given).equal(trial.call(loaded, given)):
+            fail(
+                "no-effect",
+                expected=f"two calls in train mode that differ, at the dropout of "
+                f"{trial.case.dropout:g} that was saved",
+                actual="the same outputs, bit for bit",
+            )
+        return
     if way == "another-base":
         trial.close(trial.call(loaded, given), truth, budget, "output on another base")
         return

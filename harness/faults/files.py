@@ -123,6 +123,19 @@ def reloads_without_rslora() -> Adapter:
     return NoRslora()
 
 
+class NoDropout(Rewrites):
+    changes = {"lora_dropout": 0.0}  # noqa: RUF012  # never written to
+
+
+@fault(
+    sin="Dropout is not saved; a reloaded adapter trains on without it.",
+    killed_by=SETTINGS,
+    varies="dropout that is not 0",
+)
+def reloads_without_dropout() -> Adapter:
+    return NoDropout()
+
+
 class NoAlpha(Rewrites):
     changes = {"lora_alpha": 8.0}  # noqa: RUF012  # never written to
 
