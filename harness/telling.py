@@ -62,6 +62,7 @@ def check_command(args: argparse.Namespace) -> int:
             known=args.known,
             explore=args.explore,
             limit=args.limit,
+            on_trial=lambda named: report.set("adapter", named),
             progress=progress,
         )
         for key, value in verdict.as_dict().items():

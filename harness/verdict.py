@@ -93,6 +93,7 @@ def check(
     known: Path | None = None,
     explore: bool = False,
     limit: float = LIMIT,
+    on_trial: Callable[[dict[str, str]], None] | None = None,
     progress: Callable[[Result], None] | None = None,
 ) -> Verdict:
     """A verdict on one implementation, in a process of its own.
@@ -109,6 +110,7 @@ def check(
         known: a file of known failures, instead of those that come with the harness.
         explore: search at random for counterexamples and note them; never changes the verdict.
         limit: seconds a spec may take.
+        on_trial: called with the implementation's name and version before the first spec.
         progress: called with each result as it arrives.
 
     Raises:
@@ -121,6 +123,9 @@ def check(
         judge = Judge(
             session, Points(case, model, device, dtype, tier, seed), limit=limit, explore=explore
         )
+        adapter_named = {"name": judge.name, "version": judge.version}
+        if on_trial:
+            on_trial(adapter_named)
         entries = (
             known_failures.built_in(judge.name, judge.version)
             if known is None
@@ -136,7 +141,7 @@ def check(
             judge.diagnose(result)
         unclaimed = [] if only or case else judge.unclaimed()
     return Verdict(
-        adapter={"name": judge.name, "version": judge.version},
+        adapter=adapter_named,
         **summary(results),
         results=results,
         unclaimed=unclaimed,
