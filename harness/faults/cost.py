@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +70,12 @@ def merged_branch_still_runs() -> Adapter:
 
 
 class Hoards(Adapted):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.hoard: list[Tensor] = []
+
     def merge(self, merged: nn.Module) -> None:
-        self.hoard = [
-            *getattr(self, "hoard", []),
-            [p.detach().clone() for p in merged.parameters()],
-        ]
+        self.hoard += [p.detach().clone() for p in merged.parameters()]
         super().merge(merged)
 
 
@@ -130,10 +131,13 @@ def checkpoint_drags_storages() -> Adapter:
 
 
 class Remembers(Adapted):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.seen: list[Tensor] = []
+
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
-            seen: list[Any] = self.__dict__.setdefault("seen", [])
-            seen.append(x.detach().clone())
+            self.seen.append(x.detach().clone())
         return super().forward(x)
 
 
