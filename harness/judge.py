@@ -115,6 +115,9 @@ class Judge:
             raise UsageError(
                 f"the adapter cannot be loaded: {described.how}; import it by itself to see why"
             )
+        device = (self._points.device or "cpu").split(":")[0]
+        if device not in described["devices"]:
+            raise UsageError(f"--device {device}: not here; have {', '.join(described['devices'])}")
         self.name: str = described["name"]
         self.version: str = described["version"]
         self.methods: list[str] = described["methods"]

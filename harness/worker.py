@@ -43,7 +43,10 @@ def serve(adapter: Adapter, requests: IO[str], answers: IO[str]) -> None:
     for line in requests:
         request = json.loads(line)
         started = time.monotonic()
-        answer = _answer(adapter, specs, request)
+        try:
+            answer = _answer(adapter, specs, request)
+        except UsageError as error:
+            answer = {"usage": str(error)}
         answer["seconds"] = round(time.monotonic() - started, 4)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
@@ -51,8 +54,11 @@ def serve(adapter: Adapter, requests: IO[str], answers: IO[str]) -> None:
 
 def _answer(adapter: Adapter, specs: dict[str, Spec], request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "describe":
+        import torch
+
         c = adapter.capabilities
         return {
+            "devices": ["cpu", *(["cuda"] if torch.cuda.is_available() else [])],
             "name": adapter.name,
             "version": adapter.version,
             "capabilities": {name: sorted(getattr(c, name)) for name in c.KNOWN},
@@ -90,7 +96,7 @@ def judge(
         item.judge(trial)
     except (Broken, NotRun) as found:
         broken = found
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UsageError):
         raise
     except BaseException as error:  # noqa: BLE001  # SystemExit too: whatever it raises is a failure
         broken = raised(error)
