@@ -20,7 +20,6 @@ Whole models are Phi-3. The same case gives the same weights and inputs in every
 
 from __future__ import annotations
 
-import copy
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from harness.clone import Mould
 from harness.failure import NotRun
 
 if TYPE_CHECKING:
@@ -195,13 +195,18 @@ def reduction(case: Case) -> int:
 
 def build(case: Case) -> nn.Module:
     """The base of a case: fresh, in its dtype, on its device; the same bits each time."""
-    return copy.deepcopy(pristine(case))
+    return _mould(case.specimen, shape_of(case), case.dtype, case.device, case.seed).copy()  # type: ignore[no-any-return]
 
 
 def pristine(case: Case) -> nn.Module:
     """The base that `build` copies: to look at, never to change or to give away."""
     made: nn.Module = _pristine(case.specimen, shape_of(case), case.dtype, case.device, case.seed)
     return made
+
+
+@lru_cache(maxsize=32)
+def _mould(specimen: str, shape: tuple[int, ...], dtype: str, device: str, seed: int) -> Mould:
+    return Mould(_pristine(specimen, shape, dtype, device, seed))
 
 
 @lru_cache(maxsize=32)

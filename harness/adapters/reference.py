@@ -25,7 +25,7 @@ from harness.adapters.equation import Branch, ConvBranch, EmbeddingBranch
 from harness.adapters.wrapped import Adapted, Whole, bare, swap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 
 FEATURES: frozenset[Feature] = frozenset(
@@ -107,12 +107,11 @@ class Reference:
                 path: self.make_branches(path, module, name, config)
                 for path, module in targets.items()
             }
-        for path, branches in made.items():
-            layer: Any = self.wrapper(model, path, self.layer)
-            layer.adapters[name] = nn.ModuleList(branches).train(layer.training)
+        for path, layer in self.wrap(model, made, self.layer).items():
+            layer.adapters[name] = nn.ModuleList(made[path]).train(layer.training)
             layer.adapters[name].requires_grad_(False)
-        for path in whole:
-            self.wrapper(model, path, self.whole).copy_for(name)
+        for wrapper in self.wrap(model, whole, self.whole).values():
+            wrapper.copy_for(name)
         self.state(model).configs[name] = config
         self.state(model).trainable[name] = trainable
 
@@ -155,15 +154,18 @@ class Reference:
         """Draws for one branch: by torch's seed and the branch's name; torch's own state stays."""
         return torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(key.encode()))
 
-    def wrapper(self, model: nn.Module, path: str, kind: type[Any]) -> Any:
-        """The wrapper at `path`, put there if there is none."""
-        module = model.get_submodule(path)
-        if not isinstance(module, kind):
-            wrapped = kind(module)
-            swap(model, {module: wrapped})
+    def wrap(self, model: nn.Module, paths: Iterable[str], kind: type[Any]) -> dict[str, Any]:
+        """The wrappers at these paths, put there where there are none."""
+        modules = {path: model.get_submodule(path) for path in paths}
+        new = {path: kind(m) for path, m in modules.items() if not isinstance(m, kind)}
+        for wrapped in new.values():
             wrapped.active = self.state(model).active
-            module = wrapped
-        return module
+        self.put(model, new)
+        return modules | new
+
+    def put(self, model: nn.Module, wrapped: Mapping[str, Any]) -> None:
+        """Put wrappers in their bases' places, under every name those have."""
+        swap(model, {wrapper.base: wrapper for wrapper in wrapped.values()})
 
     def checkpoint_inputs(self, model: Any) -> None:
         """Let reentrant checkpoints see an input that needs a gradient, whenever they are enabled."""
@@ -205,6 +207,8 @@ class Reference:
     def biases(self, model: nn.Module) -> dict[str, Tensor]:
         """The base's biases that train, by their names in the base."""
         mode = self.config(model).bias
+        if mode == "none":
+            return {}
         layers = self.layers(model)
         ours = {module for wrapper in self.wrappers(model) for module in wrapper.modules()}
         bases = {path: module for path, module in model.named_modules() if module not in ours}

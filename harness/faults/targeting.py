@@ -272,13 +272,9 @@ def writes_into_the_checkpoint() -> Adapter:
 def adapts_one_of_two_uses() -> Adapter:
     """The other name still leads to the bare layer."""
 
-    def wrapper(self: Any, model: Any, path: str, kind: type[Any]) -> Any:
-        module = model.get_submodule(path)
-        if not isinstance(module, kind):
+    def put(self: Any, model: Any, wrapped: Any) -> None:  # noqa: ARG001
+        for path, wrapper in wrapped.items():
             parent, _, name = path.rpartition(".")
-            module = kind(module)
-            setattr(model.get_submodule(parent), name, module)
-            module.active = self.state(model).active
-        return module
+            setattr(model.get_submodule(parent), name, wrapper)
 
-    return wrong(wrapper=wrapper)
+    return wrong(put=put)
