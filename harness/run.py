@@ -78,8 +78,9 @@ def main(path: str) -> int:
 
 def _run(request: dict[str, Any], folder: RunFolder, held: list[Run]) -> int:
     from harness import environment
+    from harness.losses import curve
     from harness.report.schema import Recorder
-    from harness.training import Run, curve
+    from harness.training import Run
 
     run = Run(request)
     held.append(run)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from harness import checkpoint, injection
 from harness.errors import UsageError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
 
@@ -99,6 +100,24 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]  # trl is published with
     def _load_best_model(self) -> None:
         """The best checkpoint's adapter."""
         injection.load(self.adapter, self.injected, Path(self.state.best_model_checkpoint))
+
+
+@contextmanager
+def own_forwards(model: nn.Module) -> Iterator[None]:
+    """Inside, a trainer may wrap `forward`; on leaving, every module has its own again.
+
+    Accelerate leaves a model that trained in mixed precision under autocast, with float32 outputs,
+    and TRL leaves its fused loss: what is proved is proved on the model as anyone else loads it.
+    """
+    before = {module: vars(module).get("forward") for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward  # type: ignore[method-assign]  # the instance's own, as it was
 
 
 class Log(TrainerCallback):  # type: ignore[misc]  # transformers is skipped by mypy

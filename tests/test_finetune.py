@@ -147,7 +147,8 @@ def test_generate_answers_with_the_trained_adapter(both):
 def fit(tmp_path):
     """A short run in this process: its losses and the adapter it made."""
     from harness import chat
-    from harness.training import Run, curve
+    from harness.losses import curve
+    from harness.training import Run
 
     data = tmp_path / "some.jsonl"
     rows = chat.dataset("shipped", "train").select(range(32))
