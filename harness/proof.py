@@ -264,7 +264,7 @@ def merged_agrees(
         "merged-same-logits",
         claim,
         apart.used <= 1 and before.used <= 1,
-        f"{apart.measured:.1e} and {before.measured:.1e} from truth",
+        f"{apart.measured:.1e} and {before.measured:.1e} off",
         f"{float(budget):.1e} of {effect:.1e}",
     )
 

@@ -117,7 +117,7 @@ def own_forwards(model: nn.Module) -> Iterator[None]:
             if forward is None:
                 vars(module).pop("forward", None)
             else:
-                module.forward = forward  # type: ignore[method-assign]  # the instance's own, as it was
+                module.forward = forward  # the instance's own, as it was
 
 
 class Log(TrainerCallback):  # type: ignore[misc]  # transformers is skipped by mypy
