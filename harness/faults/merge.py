@@ -16,7 +16,7 @@ from harness.faults.record import fault
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from harness.adapter import Adapter
+    from harness.adapter import Adapter, LoraConfig
 
 SAME = "merge/same-output"
 WEIGHT = "merge/weight-equals-oracle"
@@ -65,6 +65,25 @@ def _write(base: Any, source: Any) -> None:
 
 
 # -- the wrong update ------------------------------------------------------------------------------
+
+
+class WithoutRslora(Branch):
+    def __init__(self, base: nn.Module, config: LoraConfig, rows: slice | None = None) -> None:
+        super().__init__(base, config, rows)
+        self.merged_scaling = config.lora_alpha / config.r
+
+    def delta(self, base: Any) -> Tensor:
+        return super().delta(base) / self.scaling * self.merged_scaling
+
+
+@fault(
+    sin="Merging folds alpha/r in, rsLoRA or not.",
+    killed_by=SAME,
+    replays=("19",),
+    varies="rsLoRA",
+)
+def merges_without_rslora() -> Adapter:
+    return with_branches({nn.Linear: WithoutRslora})
 
 
 class ScalesTwice(Branch):

@@ -68,6 +68,28 @@ def stays_merged_where_nothing_was_folded() -> Adapter:
     return with_layer(Flagged)
 
 
+class Once(Adapted):
+    """Keeps the ΔW of its first merge."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.first: list[nn.Module] = []  # in a list: not a child
+
+    def merged(self) -> nn.Module:
+        """The base with the W + ΔW of the first time."""
+        self.first = self.first or [super().merged()]
+        return self.first[0]
+
+
+@fault(
+    sin="W + ΔW is computed once and kept: a second merge folds in the factors of the first.",
+    killed_by=RESTORES,
+    varies="factors that changed between two merges",
+)
+def merges_what_it_merged_before() -> Adapter:
+    return with_layer(Once)
+
+
 class Truncates(Subtracts):
     def taken_out(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
         whole = super().taken_out(weight, delta, rows)
