@@ -196,10 +196,12 @@ def base_keys_kept(trial: Trial) -> None:
         "https://github.com/huggingface/diffusers/issues/10187",
     ),
     needs=("checkpoint/round-trip-bits",),
-    cases=tuple(Case(way=way) for way in ("prefix", "missing", "extra", "rank", "shape", "empty")),
+    cases=tuple(
+        Case(way=way) for way in ("prefix", "missing", "extra", "rank", "shape", "row", "empty")
+    ),
 )
 def misfit_is_loud(trial: Trial) -> None:
-    """Load six kinds of misfits."""
+    """Load seven kinds of misfits."""
     model = trial.adapted()
     state = _misfit(trial, kept(trial, model))
     try:
@@ -225,6 +227,8 @@ def _misfit(trial: Trial, state: dict[str, Any]) -> dict[str, Any]:
         return {**state, f"left_over.{first}": state[first]}
     if way == "shape":
         return {**state, first: torch.cat([state[first], state[first][..., :1]], dim=-1)}
+    if way == "row":  # a shape that copying would stretch
+        return {**state, first: state[first][:1]}
     if way == "empty":
         return {}
     wider: dict[str, Any] = kept(trial, trial.inject(config=trial.config(r=trial.case.r + 1)))

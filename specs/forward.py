@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PAPER = "LoRA, section 4.1, https://arxiv.org/abs/2106.09685"
 ORACLE = "forward/equals-oracle"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-FORMS = ("vector", "matrix", "four", "empty", "strided", "expanded", "channels-first")
+FORMS = ("vector", "matrix", "four", "long", "empty", "strided", "expanded", "channels-first")
 
 
 def cases() -> SearchStrategy[Case]:
@@ -252,6 +252,8 @@ def _formed(x: Tensor, way: str) -> Tensor:
         return x[0]  # (t, i)
     if way == "four":
         return x[None].expand(2, -1, -1, -1).contiguous()  # (2, b, t, i)
+    if way == "long":
+        return x[:1].repeat(1, 33, 1)  # (1, 132, i)
     if way == "empty":
         return x[:, :0]  # (b, 0, i)
     if way == "strided":

@@ -27,7 +27,7 @@ DTYPES = ("bfloat16", "float16", "float64")
     needs=("targeting/exact-coverage",),
     tier="smoke",
     cases=(
-        *(Case(specimen=name) for name in (*LAYERS, "tied")),
+        *(Case(specimen=name) for name in (*LAYERS, "tied", "tiny")),
         *(Case(dtype=dtype) for dtype in DTYPES),
     ),
 )

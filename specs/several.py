@@ -201,7 +201,16 @@ def _do(trial: Trial, model: nn.Module, act: str, actor: str) -> None:
     """Do something to one adapter."""
     adapter: Any = trial.adapter
     if act == "add":
+        there = [(name, p, p.requires_grad) for name, p in model.named_parameters()]
         adapter.add(model, "new", trial.config(), trainable=actor == "free")
+        for name, parameter, trained in there:
+            if parameter.requires_grad is not trained:
+                fail(
+                    "state",
+                    expected=f"{'trainable' if trained else 'frozen'}, as before adding another",
+                    actual="frozen" if trained else "trainable",
+                    where=name,
+                )
     elif act == "delete":
         activate(trial, model, "default")
         adapter.delete(model, actor)

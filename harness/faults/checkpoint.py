@@ -426,6 +426,28 @@ def drops_entries_of_another_shape() -> Adapter:
     return Filters()
 
 
+class Stretches(Reference):
+    def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        own = self.state_dict(model)
+        rows = {
+            k: t.expand_as(own[k])
+            if k in own and t.shape[1:] == own[k].shape[1:] and len(t) == 1
+            else t
+            for k, t in state.items()
+        }
+        super().load_state_dict(model, rows)
+
+
+@fault(
+    sin="A single row is copied to all of them.",
+    killed_by="checkpoint/misfit-is-loud",
+    replays=("P-10",),
+    varies="an entry whose shape broadcasts",
+)
+def stretches_a_row() -> Adapter:
+    return Stretches()
+
+
 class WritesFirst(Reference):
     def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         self.require_unmerged(model, "load")

@@ -52,6 +52,23 @@ def casts_its_input_to_whole_numbers() -> Adapter:
 
 
 @fault(
+    sin="The branch stops after the first 64 positions.",
+    killed_by=ORACLE,
+    varies="an input with more than 64 positions",
+)
+def stops_after_64_positions() -> Adapter:
+    """As a kernel whose grid was sized for a short context."""
+
+    def forward(self: Any, base: Any, x: Tensor) -> Tensor:
+        y: Tensor = Branch.forward(self, base, x)
+        if y.dim() == 3:  # (b, t, o)
+            y = torch.cat([y[:, :64], torch.zeros_like(y[:, 64:])], 1)
+        return y
+
+    return wrong(branches={**branches(forward=forward), nn.Embedding: EmbeddingBranch})
+
+
+@fault(
     sin="The branch acts on the last position alone.",
     killed_by=ORACLE,
     varies="inputs with more than one position",

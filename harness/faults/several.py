@@ -104,6 +104,21 @@ def adding_frees_every_adapter() -> Adapter:
 
 
 @fault(
+    sin="Adding an adapter sets whatever is called LoRA free, until the next activation.",
+    killed_by=ISOLATION,
+    replays=("89",),
+    varies="a frozen or inactive adapter beside the one that is added",
+)
+def adding_frees_all_until_activation() -> Adapter:
+    def add(self: Any, model: nn.Module, name: str, config: Any, *, trainable: bool = True) -> None:
+        Reference.add(self, model, name, config, trainable=trainable)
+        for adapted in self.layers(model).values():
+            adapted.adapters.requires_grad_(True)
+
+    return wrong(add=add)
+
+
+@fault(
     sin="Loading writes the checkpoint into every adapter.",
     killed_by=ISOLATION,
     varies="loading with several adapters",
