@@ -18,6 +18,7 @@ import subprocess
 import sys
 from functools import lru_cache
 from importlib import import_module
+from itertools import count
 
 from harness.failure import NotRun
 
@@ -35,20 +36,31 @@ def call(module: str, function: str, *arguments: str) -> str:
     """
     if not hasattr(os, "fork"):
         raise NotRun("a fresh process needs a system that can fork")
-    server = _server(os.getpid())
+    server = _SHARED[0] if _SHARED else _server(os.getpid())
     assert server.stdin is not None
     assert server.stdout is not None
+    # A copy of this process may have ended before it read its answer.
+    number = f"{os.getpid()}/{next(_NUMBERS)}"
+    said = None
     try:
-        server.stdin.write(json.dumps([module, function, *arguments]) + "\n")
+        server.stdin.write(json.dumps([number, module, function, *arguments]) + "\n")
         server.stdin.flush()
-        answer = server.stdout.readline()
-    except OSError:
-        answer = ""
-    if not answer:
+        while said is None or said[0] != number:
+            said = json.loads(server.stdout.readline())
+    except (OSError, ValueError):
         _server.cache_clear()
         return "the server of fresh processes is gone"
-    problem: str = json.loads(answer)
+    problem: str = said[1]
     return problem
+
+
+def share() -> None:
+    """Start the server now, for this process and all its copies, which must ask one at a time."""
+    _SHARED[:] = [_server(os.getpid())]
+
+
+_SHARED: list[subprocess.Popen[str]] = []
+_NUMBERS = count()
 
 
 @lru_cache(maxsize=1)
@@ -105,7 +117,7 @@ def serve() -> None:
             problem = f"no answer within {LIMIT} s"
         elif code and not problem:
             problem = f"the process ended with {code}"
-        answers.write(json.dumps(problem) + "\n")
+        answers.write(json.dumps([json.loads(line)[0], problem]) + "\n")
         answers.flush()
 
 
@@ -114,7 +126,7 @@ def _answer(line: str, write: int) -> None:
     signal.alarm(LIMIT)
     code = 1
     try:
-        module, function, *arguments = json.loads(line)
+        _, module, function, *arguments = json.loads(line)
         getattr(import_module(module), function)(*arguments)
         code = 0
     except BaseException as error:  # noqa: BLE001  # whatever it is, the other side is told

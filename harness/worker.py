@@ -143,7 +143,7 @@ def search(adapter: Adapter, item: Spec, *, explore: bool) -> dict[str, Any]:
     margins: list[Margin] = []
 
     @settings(
-        max_examples=400 if explore else 40,
+        max_examples=400 if explore else 16,
         derandomize=not explore,
         database=None,
         deadline=None,

@@ -282,7 +282,8 @@ def checkpoint_size(trial: Trial) -> None:
     claim="From step to step, training MUST hold no more than the adapter's gradients and optimizer state.",
     why="What each step leaves behind is out of memory some hours later.",
     source=(f"{PAPER}, section 4.2: optimizer states of the adapter alone", "BUGS 140, 141"),
-    cases=(Case(specimen="stack", shape=(128, 192)),),
+    cases=(Case(specimen="bare", shape=WIDE),),
+    more_cases=(Case(specimen="stack", shape=(128, 192)),),
 )
 def step_memory(trial: Trial) -> None:
     """Live bytes over the first step, then over two more."""

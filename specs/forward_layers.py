@@ -37,10 +37,12 @@ UNEQUAL = ("fused-unequal", "tiny-gqa")
         Case(specimen="fused"),
         Case(specimen="fused", shape=(12, 4), r=5),
         Case(specimen="fused-unequal"),
-        Case(specimen="tiny"),
         Case(specimen="tiny-gqa"),
     ),
-    more_cases=(Case(specimen="fused", dtype="bfloat16"),),
+    more_cases=(
+        Case(specimen="tiny"),
+        Case(specimen="fused", dtype="bfloat16"),
+    ),
 )
 def fused_parts(trial: Trial) -> None:
     """Judge which rows the factors say, and what each part's outputs are."""

@@ -29,9 +29,9 @@ DESIGN = "DESIGN.md, multi_adapter"
         Case(),
         Case(specimen="fused"),
         Case(specimen="embedding"),
-        Case(specimen="tiny"),
+        Case(specimen="stack"),
     ),
-    more_cases=(Case(specimen="stack"), Case(specimen="tiny-gqa"), Case(dtype="bfloat16")),
+    more_cases=(Case(specimen="tiny"), Case(specimen="tiny-gqa"), Case(dtype="bfloat16")),
 )
 def switch(trial: Trial) -> None:
     """Judge outputs: the first alone, the second fresh, the second with factors, the first again."""
@@ -68,9 +68,10 @@ def switch(trial: Trial) -> None:
     features=("multi_adapter",),
     cases=(
         Case(specimen="stack", way="names"),
-        Case(specimen="tiny", way="all-linear"),
+        Case(specimen="stack", way="all-linear"),
         Case(specimen="stack", way="fewer"),
     ),
+    more_cases=(Case(specimen="tiny", way="all-linear"),),
 )
 def other_settings(trial: Trial) -> None:
     """Judge which modules the second adapts, its scaling, and its outputs."""
@@ -150,9 +151,9 @@ def number(value: float) -> Tensor:
         Case(way="delete-frozen"),
         Case(way="add-free"),
         Case(way="add-frozen"),
-        Case(specimen="tiny", way="train-free"),
     ),
     more_cases=(
+        Case(specimen="tiny", way="train-free"),
         Case(specimen="embedding", way="train-free"),
         Case(specimen="fused", way="train-free"),
         Case(specimen="stack", way="load-frozen"),

@@ -11,8 +11,10 @@ correct implementation that fails. `python -m harness.faults` makes it.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -45,6 +47,7 @@ class Row:
         used: by spec id and dtype, the largest part of a budget used; of a fault, only where it fails.
         failures: by spec id, the first failure in words.
         replays: rows of BUGS.md.
+        seconds: of processor time.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Row:
     used: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     replays: tuple[str, ...] = ()
+    seconds: float = 0.0
 
     @property
     def killers(self) -> set[str]:
@@ -215,6 +219,7 @@ def judge_part(part: str, correct: Sequence[str], only: Sequence[str]) -> None:
     from harness.registry import resolve
 
     k, of = map(int, part.split("/"))
+    _warm_up()
     work: list[tuple[str, Any, str, tuple[str, ...]]] = [
         (name, resolve, "", ()) for name in correct
     ]
@@ -224,7 +229,33 @@ def judge_part(part: str, correct: Sequence[str], only: Sequence[str]) -> None:
         if not only or fault.name in only
     ]
     for name, make, killed_by, replays in work[k::of]:
+        before = sum(_cpu_seconds())
         adapter = make() if killed_by else make(name)
         row = judge_one(name, adapter, killed_by=killed_by)
         row.replays = replays
+        row.seconds = round(sum(_cpu_seconds()) - before, 2)
         print(json.dumps(asdict(row)), flush=True)
+
+
+def _warm_up() -> None:
+    """Load and compute once here what every copy of this process would load and compute again."""
+    import torch
+
+    from harness import fresh
+    from harness.adapters import reference
+    from harness.worker import judge, search
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    fresh.share()
+    for item in select((), "core").values():
+        for case in item.cases:
+            judge(reference.adapter(), item, case)
+        if item.search is not None:
+            search(reference.adapter(), item, explore=False)
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """Of the children that have ended: user and system."""
+    used = os.times()
+    return used.children_user, used.children_system
