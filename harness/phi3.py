@@ -96,6 +96,7 @@ def load(
             architecture that is not Phi3ForCausalLM; a hub id that cannot be reached.
     """
     _check_settings(dtype, attn_implementation)
+    _mask_in_double()
     name = str(name_or_path)
     if name in NAMES and name != "tiny":
         return untrained(
@@ -291,6 +292,30 @@ def _attention(wanted: str) -> str:
 def _dtype_argument() -> str:
     """`dtype` since transformers 4.56, `torch_dtype` before."""
     return "dtype" if _transformers() >= (4, 56) else "torch_dtype"
+
+
+def _mask_in_double() -> None:
+    """Let Phi-3 be evaluated in float64, in which the truth is computed, on transformers before 4.43.
+
+    Those fill the causal mask in torch's default dtype, where float64's least number overflows. From
+    float32's it is as good: what is masked has weight zero.
+    """
+    if _transformers() >= (4, 43):
+        return
+    import torch
+    from transformers.modeling_attn_mask_utils import AttentionMaskConverter
+
+    theirs: Any = AttentionMaskConverter._make_causal_mask  # noqa: SLF001  # nothing public makes it
+    if getattr(theirs, "in_double", False):
+        return
+
+    def mask(shape: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> torch.Tensor:
+        narrow = torch.float32 if dtype == torch.float64 else dtype
+        made: torch.Tensor = theirs(shape, narrow, *args, **kwargs).to(dtype)
+        return made
+
+    mask.in_double = True  # type: ignore[attr-defined]  # so that it is not wrapped twice
+    AttentionMaskConverter._make_causal_mask = staticmethod(mask)  # noqa: SLF001  # likewise
 
 
 @contextmanager

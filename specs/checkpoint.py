@@ -81,13 +81,17 @@ def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def disturb(model: nn.Module, *, seed: int, all_of_it: bool = False) -> None:
-    """Other values in all that trains, or in every parameter."""
+    """Other values in all that trains, or in every parameter.
+
+    Not in the base's `lora_gate`, where that trains: trainable/names-decide-nothing says so.
+    """
     import torch
 
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if all_of_it or parameter.requires_grad:
+        for name, parameter in model.named_parameters():
+            trained = parameter.requires_grad and not name.endswith("lora_gate.weight")
+            if all_of_it or trained:
                 parameter.add_(torch.randn(parameter.shape, generator=g).to(parameter))
 
 

@@ -11,6 +11,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from harness.case import Case
+from harness.errors import first_line
 from harness.failure import NotRun, fail
 from harness.spec import spec
 
@@ -53,8 +54,7 @@ def trainer_update(trial: Trial) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     with _quietly():
-        from transformers import Trainer, TrainingArguments
-
+        Trainer, TrainingArguments = _transformers()
         trainer = Trainer(
             model=model,
             args=TrainingArguments(**_arguments(trial, TrainingArguments)),
@@ -92,8 +92,7 @@ def trainer_decays_every_factor(trial: Trial) -> None:
 
     model = trial.inject()
     with _quietly():
-        from transformers import Trainer, TrainingArguments
-
+        Trainer, TrainingArguments = _transformers()
         settings = _arguments(trial, TrainingArguments)
         args = TrainingArguments(**{**settings, "weight_decay": 0.1})
         optimizer = Trainer(model=model, args=args).create_optimizer()
@@ -129,10 +128,7 @@ def sft_trainer_checkpointing(trial: Trial) -> None:
     from harness import descent
 
     with _quietly():
-        try:
-            import trl
-        except ImportError as error:
-            raise NotRun(f"TRL cannot be imported: {error}") from error
+        trl = _trl()
         ids, labels = _batch(trial)
         model = trial.adapted()
         before = trial.snapshot(model)
@@ -162,6 +158,26 @@ def sft_trainer_checkpointing(trial: Trial) -> None:
     for name, (start, end) in descent.pairs(before, trial.snapshot(model)):
         if torch.equal(start, end):
             fail("no-effect", expected="a step to move every factor", actual="none", where=name)
+
+
+def _transformers() -> tuple[Any, Any]:
+    """`Trainer` and `TrainingArguments`; `NotRun` where what is installed does not go together."""
+    try:
+        import datasets  # noqa: F401  # the Trainer imports it where it is installed
+        from transformers import Trainer, TrainingArguments
+    except (ImportError, RuntimeError) as error:
+        raise NotRun(f"transformers' Trainer cannot be imported: {first_line(error)}") from error
+    return Trainer, TrainingArguments
+
+
+def _trl() -> Any:
+    """TRL, likewise."""
+    try:
+        import trl
+        from trl import SFTConfig, SFTTrainer  # noqa: F401  # both are made when first asked for
+    except (ImportError, RuntimeError) as error:
+        raise NotRun(f"TRL cannot be imported: {first_line(error)}") from error
+    return trl
 
 
 def _batch(trial: Trial) -> tuple[Tensor, Tensor]:
