@@ -5,7 +5,7 @@
     fault₂      ✓      ✗      ✓
 
 Red is: a fault that survives, one that the spec named for it lets pass, a spec that no fault needs, a
-correct implementation that fails. `python -m harness.faults` makes it.
+correct implementation that fails a MUST. `python -m harness.faults` makes it.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ class Matrix:
             f"{row.name} is correct and fails {id_}"
             for row in self.correct
             for id_ in sorted(row.killers)
+            if catalogue()[id_].level == "MUST"
         ]
         return found
 

@@ -49,6 +49,7 @@ class Model(nn.Module):
         super().__init__()
         self.base = base
         self.adapted = layers
+        self.trained = {n for n, p in self.named_parameters() if p.requires_grad}
 
     def forward(self, *args, **kwargs):
         return self.base(*args, **kwargs)
@@ -109,7 +110,7 @@ class Adapter:
         }
 
     def state_dict(self, model):
-        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        return {n: p.detach() for n, p in model.named_parameters() if n in model.trained}
 
     def load_state_dict(self, model, state):
         mode = model.training

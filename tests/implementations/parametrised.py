@@ -21,6 +21,7 @@ class Update(nn.Module):
         super().__init__()
         weight = layer.weight
         self.scaling, self.rows, self.on = config.scaling, rows, True
+        self.bias = config.bias
         self.transposed = isinstance(layer, nn.Embedding)
         flat = weight.T if self.transposed else weight.flatten(1)  # (o, n)
         like = {"device": weight.device, "dtype": weight.dtype}
@@ -96,7 +97,14 @@ class Adapter:
         return found
 
     def state_dict(self, model):
-        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        layers = self._layers(model).values()
+        ours = {p for layer in layers for p in self._update(layer).parameters()}
+        bias = {self._update(layer).bias for layer in layers}
+        if "all" in bias:
+            ours |= {p for n, p in model.named_parameters() if n.endswith("bias")}
+        if "lora_only" in bias:
+            ours |= {layer.bias for layer in layers if layer.bias is not None}
+        return {n: p.detach() for n, p in model.named_parameters() if p in ours}
 
     def load_state_dict(self, model, state):
         self.unmerge(model)
