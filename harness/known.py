@@ -23,8 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import UsageError
 from harness.failure import KINDS
+from harness.spec import catalogue
 
 if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
+
     from harness.case import Case
     from harness.failure import Failure
 
@@ -62,18 +65,27 @@ def load(path: Path) -> list[Known]:
         raise UsageError(f"known failures {path}: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"known failures {path.name}: {error}") from None
+    if set(data) - {"known"} or not isinstance(data.get("known", []), list):
+        raise UsageError(f"known failures {path.name}: every entry starts with [[known]]")
     entries = []
     for number, entry in enumerate(data.get("known", []), 1):
         where = f"known failures {path.name}, entry {number}"
         for name, kind in _REQUIRED.items():
             if not isinstance(entry.get(name), kind):
                 raise UsageError(f"{where}: {name} must be given, as a {kind.__name__}")
+        if not isinstance(entry.get("case", {}), dict):
+            raise UsageError(f'{where}: case must be a table, such as {{ way = "merged" }}')
         unknown = set(entry) - set(_REQUIRED) - {"case", "versions"}
         unknown |= set(entry.get("case", {})) - _CASE_FIELDS
         if unknown:
             raise UsageError(f"{where}: unknown key {', '.join(sorted(unknown))}")
         if entry["kind"] not in KINDS:
             raise UsageError(f"{where}: kind must be one of {', '.join(KINDS)}")
+        if entry["spec"] not in catalogue():
+            raise UsageError(
+                f"{where}: no spec is called {entry['spec']!r}; lora-harness list has the ids"
+            )
+        _specifiers(entry.get("versions", ""), where)
         entries.append(Known(**entry, file=path.name))
     return entries
 
@@ -89,12 +101,22 @@ def built_in(adapter: str, version: str) -> list[Known]:
 
 
 def _applies(entry: Known, version: str) -> bool:
-    if not entry.versions:
-        return True
-    from packaging.specifiers import SpecifierSet
     from packaging.version import InvalidVersion
 
+    if not entry.versions:
+        return True
     try:
-        return SpecifierSet(entry.versions).contains(version, prereleases=True)
+        return _specifiers(entry.versions, entry.file).contains(version, prereleases=True)
     except InvalidVersion:
         return False
+
+
+def _specifiers(text: object, where: str) -> SpecifierSet:
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    try:
+        return SpecifierSet(text)  # type: ignore[arg-type]  # what is no text is refused below
+    except (InvalidSpecifier, TypeError, AttributeError):
+        raise UsageError(
+            f"{where}: versions must be a specifier such as '>=0.5,<0.22', not {text!r}"
+        ) from None
