@@ -182,9 +182,8 @@ def isolation(trial: Trial) -> None:
             )
     _do(trial, model, act, actor)
 
-    changes = {actor} if act != "save" else set()
     for name, (values, trains) in before.items():
-        if name in changes and act != "add":
+        if name == actor and act in {"train", "delete"}:  # what is loaded is its own checkpoint
             continue
         now, trains_now = _look(trial, model, name)
         for where, (old, new) in descent.pairs(values, now):

@@ -7,6 +7,7 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from harness.adapter import load_exactly
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted, Whole
 from harness.faults.record import fault
@@ -132,6 +133,30 @@ def loads_into_every_adapter() -> Adapter:
         self.activate(model, active)
 
     return wrong(load_state_dict=load_state_dict)
+
+
+@fault(
+    sin="The checkpoint is always that of the first adapter.",
+    killed_by=ISOLATION,
+    varies="another active adapter",
+)
+def saves_and_loads_the_first() -> Adapter:
+    def first(self: Any, model: nn.Module, act: Any) -> Any:
+        active = self.state(model).active
+        self.activate(model, "default")
+        try:
+            return act()
+        finally:
+            self.activate(model, active)
+
+    def state_dict(self: Any, model: nn.Module) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = first(self, model, lambda: Reference.state_dict(self, model))
+        return state
+
+    def load_state_dict(self: Any, model: nn.Module, state: dict[str, Tensor]) -> None:
+        first(self, model, lambda: load_exactly(Reference.state_dict(self, model), state))
+
+    return wrong(state_dict=state_dict, load_state_dict=load_state_dict)
 
 
 @fault(
