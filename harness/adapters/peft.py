@@ -20,6 +20,7 @@ from peft.tuners import lora
 from harness.adapter import Bias, Capabilities, Dtype, Factors, Feature, Layer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
@@ -198,7 +199,18 @@ def _targets(model: nn.Module, config: LoraConfig) -> list[str] | str:
         model, PreTrainedModel
     ):
         return config.target_modules
-    return list(config.targets(model))
+    return list(dict.fromkeys(_bare(model, list(config.targets(model)))))
+
+
+def _bare(model: nn.Module, names: list[str]) -> Iterator[str]:
+    """Of layers found in a model that is adapted already: the base's names for the base's own."""
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, lora.LoraLayer)]
+    for name in names:
+        owner = next((layer for layer in layers if f"{name}.".startswith(f"{layer}.")), None)
+        if owner is None:
+            yield name
+        elif name in {owner, f"{owner}.base_layer"} and owner.split(".")[-1] != "lm_head":
+            yield owner
 
 
 def _downs(layer: Any) -> Any:
