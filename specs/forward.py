@@ -157,6 +157,24 @@ def rslora(trial: Trial) -> None:
 
 
 @spec(
+    "forward/lora-bias",
+    claim="Under lora_bias the output of the branch MUST hold scaling·bias.",
+    why="A bias on B that is added without its scaling is another one once it is merged or served.",
+    source=("DESIGN: it adds scaling·bias to the output", "BUGS 17"),
+    needs=("forward/scaling", "trainable/only-lora"),
+    features=("lora_bias",),
+    cases=(Case(), Case(specimen="bare")),
+)
+def lora_bias(trial: Trial) -> None:
+    """Judge the unmerged outputs, of zeros too: they show the bias alone."""
+    base, x = trial.base(), trial.inputs()
+    model = trial.adapted(config=trial.config(lora_bias=True))
+
+    for given in (x, x * 0):
+        _close(trial, base, model, given)
+
+
+@spec(
     "forward/phi3",
     claim="The logits of a Phi-3 with all its projections adapted MUST equal those with W + ΔW in the "
     "place of each weight, within the model's own rounding.",

@@ -24,7 +24,9 @@ STEPS = 8
     source=("BUGS 27", "https://github.com/unslothai/unsloth/issues/219"),
     features=("merge",),
     needs=("merge/same-output", "merge/restores-base"),
-    cases=(Case(specimen="stack"), Case(specimen="stack", dtype="bfloat16")),
+    # In bfloat16 twelve layers' rounding is as large as a layer's update.
+    cases=(Case(specimen="stack"),),
+    more_cases=(Case(specimen="stack", dtype="float16"),),
 )
 def only_targets_change(trial: Trial) -> None:
     """Hold on to the base's tensors, merge, and judge those by bits and the model by its outputs."""
@@ -56,7 +58,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         "https://github.com/huggingface/peft/issues/322",
     ),
     features=("merge", "modules_to_save"),
-    needs=("merge/same-output", "checkpoint/complete"),
+    needs=("merge/only-targets-change", "checkpoint/complete"),
     cases=(Case(specimen="stack"),),
 )
 def keeps_saved_modules(trial: Trial) -> None:
@@ -111,7 +113,7 @@ def tied_weights(trial: Trial) -> None:
     why="A trained bias on B that a merge drops or does not scale shifts every output.",
     source=("BUGS 17", "https://github.com/huggingface/peft/issues/2725"),
     features=("merge", "lora_bias"),
-    needs=("merge/same-output", "merge/restores-base"),
+    needs=("merge/same-output", "merge/restores-base", "forward/lora-bias"),
     cases=(Case(), Case(specimen="bare"), Case(dtype="bfloat16")),
 )
 def bias_scaled(trial: Trial) -> None:

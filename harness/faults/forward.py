@@ -52,6 +52,23 @@ def casts_its_input_to_whole_numbers() -> Adapter:
 
 
 @fault(
+    sin="The bias on B is added without its scaling.",
+    killed_by="forward/lora-bias",
+    replays=("17",),
+    varies="lora_bias, and alpha that is not r",
+)
+def adds_its_bias_unscaled() -> Adapter:
+    """Merging scales it."""
+
+    def forward(self: Any, base: Any, x: Tensor) -> Tensor:
+        y: Tensor = Branch.forward(self, base, x)
+        bias = self.lora_bias
+        return y if bias is None else y + (1 - self.scaling) * bias
+
+    return wrong(branches={**branches(forward=forward), nn.Embedding: EmbeddingBranch})
+
+
+@fault(
     sin="The branch stops after the first 64 positions.",
     killed_by=ORACLE,
     varies="an input with more than 64 positions",
