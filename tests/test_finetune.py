@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -26,17 +30,279 @@ SHORT = [
 ]
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """The default command: the quick recipe for PEFT and then for loralib."""
+@pytest.fixture(scope="module", autouse=True)
+def started(tmp_path_factory):
+    """The default command, under way: it works beside the tests that come first, on the other core."""
     folder = tmp_path_factory.mktemp("runs")
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*CLI, "--device", "cpu", "--output", str(folder)],
-        check=False,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    return folder, done
+    yield folder, process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def both(started):
+    """The default command, done: the quick recipe for PEFT and then for loralib."""
+    folder, process = started
+    out, err = process.communicate()
+    return folder, subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def fit(tmp_path_factory):
+    """A short run in this process: its losses and the adapter it made."""
+    from harness import chat
+    from harness.losses import curve
+    from harness.training import Run
+
+    home = tmp_path_factory.mktemp("short")
+    data = home / "some.jsonl"
+    rows = chat.dataset("shipped", "train").select(range(32))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def run(adapter, *overrides, folder=None, resume=False):
+        folder = folder or Path(tempfile.mkdtemp(dir=home))
+        asked = recipe.load("quick", [*SHORT, f"data.name={json.dumps(str(data))}", *overrides])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the libraries' own; a run keeps them in library.log
+            one = Run(
+                {
+                    "recipe": asked.as_dict() | {"model": asked.model | {"device": "cpu"}},
+                    "folder": str(folder),
+                    "adapter": adapter,
+                    "budget": None,
+                    "partial": False,
+                    "start": None,
+                    "resume": resume,
+                }
+            )
+            one.inject()
+            proofs = one.fit()
+        return curve(one.history, "loss"), {p.spec: p for p in proofs}, one
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(fit):
+    """One short run of each implementation, made when first asked for."""
+    return functools.cache(fit)
+
+
+@pytest.mark.parametrize("adapter", ["peft", "loralib", "reference"])
+def test_two_runs_give_the_same_losses(fit, plain, adapter):
+    """One seed, one machine: the losses are equal to the last digit."""
+    first, _, _ = plain(adapter)
+    second, _, _ = fit(adapter)
+
+    assert first == second
+    assert len(first) == 4
+
+
+@pytest.mark.parametrize("adapter", ["peft", "loralib"])
+def test_resuming_gives_the_losses_of_a_run_that_was_never_stopped(fit, plain, adapter, tmp_path):
+    """Two steps, then two more from the checkpoint: bit for bit the losses of four."""
+    from harness.run_folder import RunFolder
+
+    whole, _, one = plain(adapter)
+    stopped = RunFolder(path=tmp_path)
+    shutil.copytree(one.folder.checkpoints / "checkpoint-2", stopped.checkpoints / "checkpoint-2")
+    stopped.log.write_text("", encoding="utf-8")
+
+    again, proofs, _ = fit(adapter, folder=tmp_path, resume=True)
+
+    assert stopped.last_checkpoint().name == "checkpoint-4"
+    assert again == whole
+    assert proofs["finetune/base-unchanged"].outcome == "passed"
+
+
+@pytest.mark.parametrize("adapter", ["peft", "loralib"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.gradient_checkpointing=true",
+        "training_config.gradient_checkpointing=true",
+        "training_config.gradient_checkpointing_kwargs={use_reentrant=true}",
+    ],
+    ids=["before-injection", "after-injection", "after-reentrant"],
+)
+def test_gradient_checkpointing_changes_no_loss(fit, plain, adapter, override):
+    """Enabled before or after injection, reentrant or not, training is the same, step by step."""
+    unchecked, _, _ = plain(adapter)
+    extra = ["training_config.gradient_checkpointing=true"] if "kwargs" in override else []
+
+    checkpointed, proofs, _ = fit(adapter, override, *extra)
+
+    assert [round(v, 4) for _, v in checkpointed] == [round(v, 4) for _, v in unchecked]
+    assert proofs["finetune/checkpoint-is-lora"].outcome == "passed"
+
+
+def test_evaluating_leaves_a_merging_implementation_unmerged(fit):
+    """A merging implementation evaluated during training: its base keeps every bit, which merging would not."""
+    _, proofs, one = fit(
+        "loralib",
+        "training_config.do_eval=true",
+        "training_config.eval_strategy=steps",
+        "training_config.eval_steps=1",
+    )
+
+    assert proofs["finetune/base-unchanged"].measured.startswith("0 of ")
+    assert proofs["finetune/base-unchanged"].outcome == "passed"
+    assert not one.model.training
+
+
+@pytest.fixture
+def report(monkeypatch, tmp_path):
+    """The report of a run whose first process is this one, imports being paid; the second is fresh."""
+    from harness import library_log, run
+    from harness.run_folder import RunFolder
+
+    monkeypatch.setattr(library_log, "divert", lambda _: None)
+    monkeypatch.setattr(library_log, "settle", lambda: None)
+
+    def made(name, *overrides):
+        asked = recipe.load(name, ["model.name=tiny", "model.device=cpu", *overrides])
+        folder = RunFolder(path=tmp_path / "peft-tiny")
+        folder.path.mkdir()
+        request = {
+            "adapter": "peft",
+            "recipe": asked.as_dict(),
+            "folder": str(folder.path),
+            "resume": False,
+            "budget": None,
+            "partial": False,
+            "start": None,
+        }
+        folder.request.write_text(json.dumps(request), encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the libraries' own; a run keeps them in library.log
+            code = run.main(str(folder.request))
+        return code, json.loads(folder.report.read_text("utf-8"))
+
+    return made
+
+
+def test_the_qlora_notebook_runs_on_a_cpu(report):
+    """A base in NF4, with the names that Phi-3 has: it learns, keeps every bit, and loads again exactly."""
+    pytest.importorskip("bitsandbytes")
+
+    code, found = report(
+        "qlora-notebook",
+        'peft_config.target_modules=["qkv_proj","o_proj","gate_up_proj","down_proj"]',
+        "training_config.max_steps=10",
+        "training_config.learning_rate=5e-3",
+        "training_config.logging_steps=1",
+        "training_config.eval_strategy=no",
+        "training_config.save_strategy=no",
+        "data.match_examples=1",
+        "data.max_new_tokens=4",
+    )
+
+    assert {one["spec"]: one["outcome"] for one in found["results"]} == {
+        "finetune/only-lora-trains": "passed",
+        "finetune/optimizer-holds-lora": "passed",
+        "finetune/checkpoint-is-lora": "passed",
+        "finetune/two-stage-load": "not_claimed",
+        "finetune/reload-same-logits": "passed",
+        "finetune/merged-same-logits": "not_claimed",
+        "finetune/merged-same-replies": "not_claimed",
+        "finetune/loss-went-down": "passed",
+        "finetune/eval-loss-went-down": "passed",
+        "finetune/base-unchanged": "passed",
+    }
+    assert (code, found["verdict"]) == (0, "CONFORMS")
+
+
+def test_evaluating_a_4_bit_base_leaves_its_gradients_whole():
+    """After an evaluation the loss still reaches what lies below a 4-bit layer, on any CPU."""
+    pytest.importorskip("bitsandbytes")
+    import torch
+
+    from harness import base
+
+    asked = recipe.load("qlora-notebook", ["model.name=tiny", "model.device=cpu"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = base.load(asked.model)
+        layer = model.model.layers[0].self_attn.o_proj
+        x = torch.randn(2, layer.in_features, dtype=torch.bfloat16)
+        with torch.no_grad():
+            layer(x)
+        model.train()
+        x.requires_grad_(True)
+        layer(x).float().sum().backward()
+
+    assert x.grad is not None
+    assert x.grad.any()
+
+
+def test_the_model_cards_recipe_runs_on_a_cpu(report):
+    """Mixed precision and packing: the proofs are of the plain model; too low a rate is said, not failed."""
+    code, found = report(
+        "model-card",
+        "data.name=shipped",
+        "model.attn_implementation=sdpa",
+        "training_config.max_length=64",
+        "training_config.max_steps=4",
+        "training_config.logging_steps=1",
+        "training_config.save_strategy=no",
+        "data.match_examples=1",
+        "data.max_new_tokens=4",
+    )
+    results = {one["spec"].partition("/")[2]: one for one in found["results"]}
+
+    assert results["loss-went-down"]["outcome"] == "not_run"
+    assert results["loss-went-down"]["reason"].startswith(
+        "the learning rate is too low for so few steps to show it: they can lower the loss by about "
+    )
+    assert [
+        results[name]["outcome"]
+        for name in ("two-stage-load", "reload-same-logits", "base-unchanged")
+    ] == ["passed"] * 3
+    assert (code, found["verdict"]) == (3, "INCOMPLETE")
+
+
+def test_an_interrupted_run_keeps_its_checkpoint_and_goes_on(tmp_path):
+    """Ctrl-C: one line, exit 2, the steps kept; --resume finishes the run."""
+    settings = [
+        "training_config.max_steps=400",
+        "training_config.logging_steps=1",
+        "training_config.eval_strategy=no",
+        "training_config.do_eval=false",
+        "data.match_examples=1",
+    ]
+    command = [*CLI, "--adapter", "peft", "--device", "cpu", "--output", str(tmp_path)]
+    for one in settings:
+        command += ["--set", one]
+    log = tmp_path / "peft-tiny" / "log.jsonl"
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for _ in range(1200):
+        if process.poll() is not None or (log.is_file() and len(log.read_text("utf-8")) > 200):
+            break
+        time.sleep(0.1)
+
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+
+    assert process.returncode == 2
+    assert said.startswith("lora-harness finetune: interrupted; stopped at step ")
+    assert said.count("\n") == 1
+    assert list((tmp_path / "peft-tiny" / "checkpoints").glob("checkpoint-*/adapter.safetensors"))
+    step = int(said.split("at step ")[1].split(";")[0])
+    more = [*command, "--resume", "--set", f"training_config.max_steps={step + 2}"]
+    done = subprocess.run(more, check=False, capture_output=True, text=True)
+    assert f"  step {step + 2}/{step + 2}  loss " in done.stdout
 
 
 @pytest.mark.parametrize("adapter", ["peft", "loralib"])
@@ -141,143 +407,6 @@ def test_generate_answers_with_the_trained_adapter(both):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[1].split(maxsplit=1)[1] == report["answers"]["before"]["reply"]
     assert done.stdout.splitlines()[2].split(maxsplit=2)[2] == report["answers"]["after"]["reply"]
-
-
-@pytest.fixture
-def fit(tmp_path):
-    """A short run in this process: its losses and the adapter it made."""
-    from harness import chat
-    from harness.losses import curve
-    from harness.training import Run
-
-    data = tmp_path / "some.jsonl"
-    rows = chat.dataset("shipped", "train").select(range(32))
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-    def run(adapter, *overrides, name="run", resume=False):
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        asked = recipe.load("quick", [*SHORT, f"data.name={json.dumps(str(data))}", *overrides])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the libraries' own; a run keeps them in library.log
-            one = Run(
-                {
-                    "recipe": asked.as_dict() | {"model": asked.model | {"device": "cpu"}},
-                    "folder": str(folder),
-                    "adapter": adapter,
-                    "budget": None,
-                    "partial": False,
-                    "start": None,
-                    "resume": resume,
-                }
-            )
-            one.inject()
-            proofs = one.fit()
-        return curve(one.history, "loss"), {p.spec: p for p in proofs}, one
-
-    return run
-
-
-@pytest.mark.parametrize("adapter", ["peft", "loralib", "reference"])
-def test_two_runs_give_the_same_losses(fit, adapter):
-    """One seed, one machine: the losses are equal to the last digit."""
-    first, _, _ = fit(adapter, name="first")
-    second, _, _ = fit(adapter, name="second")
-
-    assert first == second
-    assert len(first) == 4
-
-
-@pytest.mark.parametrize("adapter", ["peft", "loralib"])
-def test_resuming_gives_the_losses_of_a_run_that_was_never_stopped(fit, adapter):
-    """Two steps, then two more from the checkpoint: bit for bit the losses of four."""
-    from harness.run_folder import RunFolder
-
-    whole, _, one = fit(adapter, name="whole")
-    stopped = one.folder.path.with_name("stopped")
-    (stopped / "checkpoints").mkdir(parents=True)
-    half = one.folder.checkpoints / "checkpoint-2"
-    half.rename(stopped / "checkpoints" / half.name)
-    (stopped / "log.jsonl").write_text("", encoding="utf-8")
-
-    again, proofs, _ = fit(adapter, name="stopped", resume=True)
-
-    assert RunFolder(path=stopped).last_checkpoint().name == "checkpoint-4"
-    assert again == whole
-    assert proofs["finetune/base-unchanged"].outcome == "passed"
-
-
-@pytest.mark.parametrize("adapter", ["peft", "loralib"])
-@pytest.mark.parametrize(
-    "override",
-    [
-        "model.gradient_checkpointing=true",
-        "training_config.gradient_checkpointing=true",
-        "training_config.gradient_checkpointing_kwargs={use_reentrant=true}",
-    ],
-    ids=["before-injection", "after-injection", "after-reentrant"],
-)
-def test_gradient_checkpointing_changes_no_loss(fit, adapter, override):
-    """Enabled before or after injection, reentrant or not, training is the same, step by step."""
-    plain, _, _ = fit(adapter, name="plain")
-    extra = ["training_config.gradient_checkpointing=true"] if "kwargs" in override else []
-
-    checkpointed, proofs, _ = fit(adapter, override, *extra, name="checkpointed")
-
-    assert [round(loss, 4) for _, loss in checkpointed] == [round(loss, 4) for _, loss in plain]
-    assert proofs["finetune/checkpoint-is-lora"].outcome == "passed"
-
-
-def test_evaluating_leaves_a_merging_implementation_unmerged(fit):
-    """A merging implementation evaluated during training: its base keeps every bit, which merging would not."""
-    _, proofs, one = fit(
-        "loralib",
-        "training_config.do_eval=true",
-        "training_config.eval_strategy=steps",
-        "training_config.eval_steps=1",
-    )
-
-    assert proofs["finetune/base-unchanged"].measured.startswith("0 of ")
-    assert proofs["finetune/base-unchanged"].outcome == "passed"
-    assert not one.model.training
-
-
-def test_an_interrupted_run_keeps_its_checkpoint_and_goes_on(tmp_path):
-    """Ctrl-C: one line, exit 2, the steps kept; --resume finishes the run."""
-    settings = [
-        "training_config.max_steps=400",
-        "training_config.logging_steps=1",
-        "training_config.eval_strategy=no",
-        "training_config.do_eval=false",
-        "data.match_examples=1",
-    ]
-    command = [*CLI, "--adapter", "peft", "--device", "cpu", "--output", str(tmp_path)]
-    for one in settings:
-        command += ["--set", one]
-    log = tmp_path / "peft-tiny" / "log.jsonl"
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    for _ in range(1200):
-        if process.poll() is not None or (log.is_file() and len(log.read_text("utf-8")) > 200):
-            break
-        time.sleep(0.1)
-
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-
-    assert process.returncode == 2
-    assert said.startswith("lora-harness finetune: interrupted; stopped at step ")
-    assert said.count("\n") == 1
-    assert list((tmp_path / "peft-tiny" / "checkpoints").glob("checkpoint-*/adapter.safetensors"))
-    step = int(said.split("at step ")[1].split(";")[0])
-    more = [*command, "--resume", "--set", f"training_config.max_steps={step + 2}"]
-    done = subprocess.run(more, check=False, capture_output=True, text=True)
-    assert f"  step {step + 2}/{step + 2}  loss " in done.stdout
 
 
 @pytest.mark.gpu
