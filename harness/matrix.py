@@ -68,8 +68,7 @@ def command(args: argparse.Namespace) -> int:
     wanted = [tuple(shlex.split(leg.replace(",", " "))) for leg in args.leg]
     if len(wanted) < 2:
         raise UsageError("matrix: give at least two legs, such as --leg here --leg peft==0.8.2")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = args.environments or cache / "lora-harness" / "legs"
+    folder = args.environments or kept()
     legs = []
     for requirements in wanted:
         leg = run_leg(() if requirements == ("here",) else requirements, run, folder)
@@ -99,6 +98,12 @@ def command(args: argparse.Namespace) -> int:
                 ],
             )
     return max((leg.exit_code for leg in legs), key=[0, 3, 1, 2].index)
+
+
+def kept() -> Path:
+    """Where the legs' environments are kept when nobody says: in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "lora-harness" / "legs"
 
 
 def run_leg(requirements: Sequence[str], run: Sequence[str], folder: Path) -> Leg:
@@ -147,7 +152,15 @@ def environment(requirements: Sequence[str], folder: Path) -> Path:
     below = "; ".join(f"site.addsitedir({path!r})" for path in site.getsitepackages())
     (packages / "underneath.pth").write_text(f"import site; {below}\n", encoding="utf-8")
     done = subprocess.run(
-        [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
+        [
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            *requirements,
+        ],
         capture_output=True,
         text=True,
         check=False,
