@@ -104,22 +104,6 @@ def starts_both_factors_at_zero() -> Adapter:
 
 
 @fault(
-    sin="A buffer of the base is rounded at injection.",
-    killed_by=BASE,
-    varies="a base with buffers",
-)
-def rounds_a_buffer() -> Adapter:
-    """The rotary frequencies of a Phi-3, in half precision from then on."""
-
-    def act(adapter: Any, model: nn.Module) -> None:  # noqa: ARG001
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(buffer.bfloat16())
-
-    return after_injection(act)
-
-
-@fault(
     sin="The base's layer is copied.",
     killed_by=BASE,
     replays=("28", "45"),
