@@ -26,7 +26,7 @@ STORED = 8
 """How many tensors may be rounded on the way to an output: x cast, x·A, (x·A)·B, its scaling, the
 base's product, its bias, the sum, the cast back."""
 
-MODEL_MARGIN = 32.0
+MODEL_MARGIN = 16.0
 """How much further than the model's own rounding noise a whole model may stray: the noise is one
 sample of a random quantity, and an implementation adds a few roundings of its own to each layer."""
 
@@ -180,7 +180,8 @@ def updates(
 ) -> Tensor:
     """The budget of what some optimizer steps change in a factor, elementwise.
 
-    The gradient's own error is that of a whole model, see `model`. A step rounds the factor it stores,
+    The gradient's own error is that of a whole model, see `model`, whose backward pass rounds as often
+    again. A step rounds the factor it stores,
     and so did the step before it: one rounding of the factor for each, and one for where it started.
 
     Args:
@@ -192,7 +193,8 @@ def updates(
         steps: how many.
     """
     coarse = max(dtype, factor_dtype, key=unit_roundoff)
-    return model(noise, truth, coarse) + (steps + 1) * unit_roundoff(factor_dtype) * stored.abs()
+    gradient = 2 * model(noise, truth, coarse)
+    return gradient + (steps + 1) * unit_roundoff(factor_dtype) * stored.abs()
 
 
 def combined(magnitude: Tensor, *, r: int, factor_dtype: torch.dtype) -> Tensor:

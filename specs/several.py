@@ -135,6 +135,7 @@ def number(value: float) -> Tensor:
         "https://github.com/huggingface/peft/pull/905",
     ),
     needs=(
+        "trainable/names-decide-nothing",
         "several/switch",
         "training/loss-goes-down",
         "checkpoint/round-trip-bits",

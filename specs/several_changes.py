@@ -152,10 +152,11 @@ def while_merged(trial: Trial) -> None:
         "https://github.com/huggingface/peft/pull/1169",
         "https://github.com/huggingface/peft/issues/2512",
     ),
-    needs=("several/other-settings",),
+    needs=("several/other-settings", "trainable/count"),
     features=("multi_adapter", "combine"),
     cases=(
         Case(),
+        Case(way="alike"),
         Case(way="negative"),
         Case(way="three"),
         Case(specimen="embedding", way="negative"),
@@ -201,13 +202,22 @@ def combination(trial: Trial) -> None:
 
 
 def _terms(trial: Trial, model: nn.Module) -> list[tuple[str, float, Snapshot]]:
-    """The adapters to combine, with weights and values: of other ranks, added to the model."""
-    weights = {"": (0.7, 0.6), "negative": (1.5, -0.8), "three": (0.4, -1.1, 0.9)}[trial.case.way]
+    """The adapters to combine, with weights and values, added to the model: of other ranks or alike."""
+    weights = {
+        "": (0.7, 0.6),
+        "alike": (0.7, 0.6),
+        "negative": (1.5, -0.8),
+        "three": (0.4, -1.1, 0.9),
+    }[trial.case.way]
     terms = [("default", weights[0], trial.snapshot(model))]
     adapter: Any = trial.adapter
     for k, weight in enumerate(weights[1:], start=1):
         name = f"adapter{k}"
-        adapter.add(model, name, trial.config(r=trial.case.r + 2 * k, lora_alpha=3.0 * k))
+        # Of one rank and alpha, factors can be added up apart without an error.
+        other = (
+            {} if trial.case.way == "alike" else {"r": trial.case.r + 2 * k, "lora_alpha": 3.0 * k}
+        )
+        adapter.add(model, name, trial.config(**other))
         activate(trial, model, name)
         terms.append((name, weight, trial.randomize(model, seed=k)))
     activate(trial, model, "default")

@@ -38,7 +38,7 @@ ACCUMULATED = 4
         "https://github.com/huggingface/transformers/pull/34191",
         "https://github.com/huggingface/transformers/issues/35438",
     ),
-    needs=("training/update-equivalence",),
+    needs=("training/update-equivalence", "trainable/optimizer-holds-only-lora"),
     cases=(Case(specimen="tiny"),),
     more_cases=(Case(specimen="tiny-gqa"),),
 )

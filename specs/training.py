@@ -185,7 +185,7 @@ def deterministic(trial: Trial) -> None:
     why="Factors in bfloat16 lose every step below half a unit in their last place: at the small "
     "learning rates of the samples (5e-6) most of training vanishes.",
     source=("BUGS 107, 108", "https://github.com/huggingface/peft/pull/1706"),
-    needs=("training/loss-goes-down",),
+    needs=("training/loss-goes-down", "trainable/dtype-stated"),
     cases=(Case(dtype="bfloat16"),),
 )
 def small_steps_count(trial: Trial) -> None:

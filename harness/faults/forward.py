@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from harness.adapters.equation import Branch, EmbeddingBranch
 from harness.adapters.reference import Reference
 from harness.faults.record import fault
-from harness.faults.wrong import after_injection, answering, branches, wrong
+from harness.faults.wrong import after_injection, answering, branches, named, wrong
 
 if TYPE_CHECKING:
     from harness.adapter import Adapter, LoraConfig
@@ -99,7 +99,7 @@ def acts_on_the_last_position() -> Adapter:
             y = torch.cat([torch.zeros_like(y[:, :-1]), y[:, -1:]], 1)
         return y
 
-    own = type("LastPosition", (Branch,), {"forward": forward})
+    own = named(Branch, {"forward": forward})
     return wrong(branches={**Reference.branches, nn.Linear: own})
 
 
@@ -117,7 +117,7 @@ def reads_a_view_as_its_storage() -> Adapter:
             x = x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())
         return Branch.drop(self, x)
 
-    own = type("Strideless", (Branch,), {"drop": drop})
+    own = named(Branch, {"drop": drop})
     return wrong(branches={**Reference.branches, nn.Linear: own})
 
 
@@ -158,7 +158,7 @@ def keeps_an_old_update() -> Adapter:
         self.lora_A.data, self.lora_B.data = held
         return y
 
-    own = type("Cached", (Branch,), {"forward": forward})
+    own = named(Branch, {"forward": forward})
     return wrong(branches={**Reference.branches, nn.Linear: own})
 
 

@@ -12,7 +12,7 @@ from harness.adapters.equation import Branch, ConvBranch, EmbeddingBranch
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
 from harness.faults.record import fault
-from harness.faults.wrong import after_injection, layer, wrong
+from harness.faults.wrong import after_injection, findable, layer, wrong
 
 if TYPE_CHECKING:
     from harness.adapter import Adapter, LoraConfig
@@ -94,7 +94,7 @@ def _renamed(kind: type[Branch]) -> type[Branch]:
         def __getattr__(self, name: str) -> Any:
             return super().__getattr__(names.get(name, name))
 
-    return Renamed
+    return findable(Renamed)
 
 
 @fault(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,14 +12,12 @@ from harness.adapters.equation import Branch
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
 from harness.faults.record import fault
-from harness.faults.wrong import after_injection, wrong
+from harness.faults.wrong import after_injection, findable, named, wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from harness.adapter import Adapter
-
-_NUMBERS = count()
 
 UPDATE = "training/update-equivalence"
 CHECKPOINTING = "training/checkpointing-same-update"
@@ -37,14 +34,6 @@ def factors_of(adapter: Any, model: nn.Module) -> Iterator[tuple[Branch, nn.Para
 def linear(**seams: Any) -> dict[type[nn.Module], type[Branch]]:
     """The reference's branches, that of a `nn.Linear` with these members in place of its own."""
     return {**Reference.branches, nn.Linear: named(Branch, seams)}
-
-
-def named(base: type[Any], seams: dict[str, Any]) -> type[Any]:
-    """A subclass that pickle finds again by its name, so that being made here is not a sin of its own."""
-    name = f"Wrong{next(_NUMBERS)}"
-    made = type(name, (base,), {**seams, "__module__": __name__, "__qualname__": name})
-    globals()[name] = made
-    return made
 
 
 def with_hooks(
@@ -316,7 +305,7 @@ def factors_are_named_after_a_bias() -> Adapter:
         def __getattr__(self, name: str) -> Any:
             return super().__getattr__("lora_bias_norm" if name == "adapters" else name)
 
-    return wrong(layer=Renamed)
+    return wrong(layer=findable(Renamed))
 
 
 @fault(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from harness.adapters.equation import Branch
@@ -23,14 +24,30 @@ def wrong(**seams: Any) -> Reference:
 def branches(kind: type[Branch] = Branch, **seams: Any) -> dict[type[nn.Module], type[Branch]]:
     """The reference's branches, those that are a `kind` with these members in place of their own."""
     return {
-        base: type(own.__name__, (own,), seams) if issubclass(own, kind) else own
+        base: named(own, seams) if issubclass(own, kind) else own
         for base, own in Reference.branches.items()
     }
 
 
 def layer(**seams: Any) -> type[Adapted]:
     """The reference's adapted layer with these members in the place of its own."""
-    return type("Wrong", (Adapted,), seams)
+    return named(Adapted, seams)
+
+
+def named(base: type[Any], seams: dict[str, Any]) -> type[Any]:
+    """A subclass with these members, which pickle can find: being made here is no sin of its own."""
+    return findable(type("Wrong", (base,), seams))
+
+
+def findable(made: type[Any]) -> type[Any]:
+    """The class, under a name in this module by which pickle finds it again."""
+    name = f"Wrong{next(_NUMBERS)}"
+    made.__module__, made.__qualname__ = __name__, name
+    globals()[name] = made
+    return made
+
+
+_NUMBERS = count()
 
 
 def after_injection(act: Callable[[Any, Any], object]) -> Reference:
