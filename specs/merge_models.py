@@ -237,7 +237,7 @@ def _greedy(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     why="A reference model taken from a merged policy would be the policy itself.",
     source=("DESIGN.md: what is done while merged is right or raises", "BUGS 26, 42"),
     features=("merge", "disable"),
-    needs=("merge/only-targets-change",),
+    needs=("merge/only-targets-change", "several/disabled-equals-base"),
     cases=(Case(), Case(specimen="stack")),
 )
 def disabled_while_merged(trial: Trial) -> None:

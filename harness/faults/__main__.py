@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
-from harness.faults.matrix import MARGIN, Matrix, judge_part, run
+from harness.faults.matrix import MARGIN, NARROW, Matrix, judge_part, run
 from harness.spec import SPEC_VERSION
 
 
@@ -37,17 +36,7 @@ def main() -> int:
     matrix = run(args.correct or ["reference"], only=args.only, jobs=args.jobs)
     problems = matrix.problems() if not args.only else []
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        record = {
-            "spec_version": SPEC_VERSION,
-            "problems": problems,
-            "margins": matrix.margins(),
-            **asdict(matrix),
-        }
-        (args.output / "kill-matrix.json").write_text(
-            json.dumps(record, indent=1) + "\n", encoding="utf-8"
-        )
-        (args.output / "kill-matrix.md").write_text(markdown(matrix, problems), encoding="utf-8")
+        write(matrix, problems, args.output)
     for row in matrix.faults if args.only else []:
         print(
             f"{row.name}: {', '.join(f'{id_} ({row.failures[id_]})' for id_ in sorted(row.killers)) or 'survives'}"
@@ -59,6 +48,23 @@ def main() -> int:
         f"{killed} of {len(matrix.faults)} faults killed, {len(matrix.correct)} correct implementations, {len(problems)} problems, {matrix.seconds} s"
     )
     return 1 if problems else 0
+
+
+def write(matrix: Matrix, problems: list[str], folder: Path) -> None:
+    """`kill-matrix.json`, a row to a line, and `kill-matrix.md`."""
+    head = {"spec_version": SPEC_VERSION, "problems": problems, "margins": matrix.margins()}
+    lines = [
+        f" {json.dumps(key)}: {_lines(value)}" for key, value in (head | matrix.as_dict()).items()
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kill-matrix.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    (folder / "kill-matrix.md").write_text(markdown(matrix, problems), encoding="utf-8")
+
+
+def _lines(value: object) -> str:
+    if not isinstance(value, list) or not value:
+        return json.dumps(value)
+    return "[\n" + ",\n".join(f"  {json.dumps(item)}" for item in value) + "\n ]"
 
 
 def markdown(matrix: Matrix, problems: list[str]) -> str:
@@ -103,9 +109,12 @@ def markdown(matrix: Matrix, problems: list[str]) -> str:
     for m in matrix.margins():
         fault = "" if m["fault"] is None else f"{m['fault']:.3g}"
         narrow = m["correct"] * MARGIN > 1 or (m["fault"] is not None and m["fault"] < MARGIN)
-        lines.append(
-            f"| {m['spec']} | {m['dtype']} | {m['correct']:.2g} | {fault} | {'narrow' if narrow else ''} |"
-        )
+        why = NARROW.get(m["spec"], "narrow") if narrow else ""
+        lines.append(f"| {m['spec']} | {m['dtype']} | {m['correct']:.2g} | {fault} | {why} |")
+    wishes = [(row.name, id_) for row in matrix.correct for id_ in sorted(row.killers)]
+    if wishes:
+        lines += ["", "## Wishes", "", "What correct implementations do and need not (SHOULD):", ""]
+        lines += [f"- {name}: {id_}" for name, id_ in wishes]
     return "\n".join(lines) + "\n"
 
 

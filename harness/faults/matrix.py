@@ -32,6 +32,17 @@ if TYPE_CHECKING:
     from harness.judge import Result
 
 KILLS = "failed"
+
+NARROW: dict[str, str] = {
+    "merge/weight-equals-oracle": "one rounding of the sum is all that is allowed and all that a right "
+    "merge takes; truncating, the least wrong one, takes two",
+    "merge/no-drift-in-half-precision": "as above: one rounding is right, and a second is the sin",
+    "merge/restores-base": "one rounding in and one out are allowed, and a right cycle takes both",
+    "quantized/merge-error-bounded": "NF4's widest gap is the exact worst case of a right merge, reached "
+    "wherever a block has a number in its middle",
+}
+"""Specs whose margin is under `MARGIN` on a side, and why a budget derived exactly cannot be wider."""
+
 MARGIN = 3.0
 """How far a budget must lie from both sides: above every correct error, below every fault's."""
 
@@ -71,6 +82,41 @@ class Matrix:
     faults: list[Row]
     correct: list[Row]
     seconds: float = 0.0
+
+    @property
+    def specs(self) -> list[str]:
+        """The ids judged, in the catalogue's order."""
+        return list(
+            dict.fromkeys(id_ for row in (*self.correct, *self.faults) for id_ in row.outcomes)
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The matrix as JSON holds it: what passed is left out of each row."""
+
+        def kept(row: Row) -> dict[str, Any]:
+            told = {id_: outcome for id_, outcome in row.outcomes.items() if outcome != "passed"}
+            return asdict(row) | {"outcomes": told}
+
+        return {
+            "seconds": self.seconds,
+            "specs": self.specs,
+            "correct": [kept(row) for row in self.correct],
+            "faults": [kept(row) for row in self.faults],
+        }
+
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> Matrix:
+        """The matrix of what `as_dict` gave."""
+
+        def whole(row: dict[str, Any]) -> Row:
+            outcomes = dict.fromkeys(record["specs"], "passed") | row["outcomes"]
+            return Row(**{**row, "outcomes": outcomes, "replays": tuple(row["replays"])})
+
+        return cls(
+            faults=[whole(row) for row in record["faults"]],
+            correct=[whole(row) for row in record["correct"]],
+            seconds=record["seconds"],
+        )
 
     def without(self, spec: str) -> Matrix:
         """The matrix as if a spec were not there."""

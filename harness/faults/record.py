@@ -43,6 +43,11 @@ UNREPLAYED: dict[str, str] = {
     "75": "needs a file written before an upstream rename",
     "78": "a default list of targets for phi3: the contract always names its targets",
     "106": "which model a preference trainer takes as its reference: no adapter is asked",
+    "136": "a list of indices made again at each call: Python's time, no operation and no tensor more",
+    "137": "matching of names that grows with the adapters there are: Python's time, which no verdict asks",
+    "138": "hundreds of names against thousands of modules: Python's time, which no verdict asks",
+    "144": "loads to the wrong device: needs an accelerator",
+    "146": "blocks that an accelerator's allocator keeps: needs one",
 }
 """Rows of BUGS.md that no fault replays, with the reason."""
 
