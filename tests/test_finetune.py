@@ -156,6 +156,29 @@ def test_evaluating_leaves_a_merging_implementation_unmerged(fit):
     assert not one.model.training
 
 
+def test_mixed_precision_ends_with_training(fit):
+    """What is proved is the model as anyone loads it: the trainer's autocast and fused loss are gone."""
+    _, _, one = fit("peft", "model.dtype=bfloat16", "training_config.bf16=true")
+
+    assert [name for name, m in one.model.named_modules() if "forward" in vars(m)] == []
+
+
+def test_a_rate_too_low_to_lower_the_loss_is_said_and_not_failed():
+    """Losses that vary more than the steps can move them are not judged; others are."""
+    from harness.losses import loss_went_down, reach
+
+    log = [
+        {"step": k, "loss": 3 + 0.1 * (k % 2), "learning_rate": 1e-6, "grad_norm": 1.0}
+        for k in range(1, 41)
+    ]
+    curve = [(entry["step"], entry["loss"]) for entry in log]
+
+    assert reach(log, 10_000) == pytest.approx(40 * 1e-6 * 100)
+    assert loss_went_down(curve, reach(log, 10_000)).outcome == "not_run"
+    assert loss_went_down(curve, 1.0).outcome == "failed"
+    assert loss_went_down([(k, 3 - k / 40) for k, _ in curve], 1.0).outcome == "passed"
+
+
 @pytest.fixture
 def report(monkeypatch, tmp_path):
     """The report of a run whose first process is this one, imports being paid; the second is fresh."""
@@ -241,6 +264,7 @@ def test_evaluating_a_4_bit_base_leaves_its_gradients_whole():
     assert x.grad.any()
 
 
+@pytest.mark.slow
 def test_the_model_cards_recipe_runs_on_a_cpu(report):
     """Mixed precision and packing: the proofs are of the plain model; too low a rate is said, not failed."""
     code, found = report(
@@ -275,6 +299,7 @@ def test_an_interrupted_run_keeps_its_checkpoint_and_goes_on(tmp_path):
         "training_config.eval_strategy=no",
         "training_config.do_eval=false",
         "data.match_examples=1",
+        "data.max_new_tokens=4",
     ]
     command = [*CLI, "--adapter", "peft", "--device", "cpu", "--output", str(tmp_path)]
     for one in settings:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness import cli, finetune, library_log, phi3
+from harness import cli, finetune, library_log, phi3, recipe
 
 SHORT = [
     "training_config.max_steps=2",
@@ -249,16 +249,19 @@ def test_partial_targets_go_on_when_told_to(said, tmp_path):
 
 def test_resuming_another_shape_is_refused(said, tmp_path):
     """A run is gone on with under its own rank and model, and is left as it was."""
-    said("--set", "training_config.max_steps=1")
-    before = (tmp_path / "out" / "peft-tiny.json").read_bytes()
+    folder = tmp_path / "out" / "peft-tiny"
+    folder.mkdir(parents=True)
+    run = folder / "run.json"
+    run.write_text(json.dumps({"recipe": recipe.load("quick").as_dict()}), encoding="utf-8")
+    before = run.read_bytes()
 
     code, errors = said("--resume", "--set", "peft_config.r=4")
 
     assert (code, errors) == (
         2,
         (
-            f"lora-harness finetune: --resume: {tmp_path / 'out/peft-tiny'} was made with peft_config.r = "
+            f"lora-harness finetune: --resume: {folder} was made with peft_config.r = "
             "16, not 4; resume with the same recipe, or start afresh\n"
         ),
     )
-    assert (tmp_path / "out" / "peft-tiny.json").read_bytes() == before
+    assert (run.read_bytes(), list(folder.iterdir())) == (before, [run])
