@@ -37,7 +37,7 @@ class Mould:
             return copy.deepcopy(self._module)
         made: list[Tensor] = [_cloned(t) for t in self._tensors]
         loader = pickle.Unpickler(io.BytesIO(self._bytes))  # noqa: S301  # our own, from this process
-        loader.persistent_load = made.__getitem__  # type: ignore[method-assign,assignment]
+        loader.persistent_load = made.__getitem__  # type: ignore[method-assign]
         return loader.load()
 
     def _pickled(self, module: nn.Module) -> bytes:

@@ -85,7 +85,7 @@ def merged(base: nn.Module, factors: Snapshot, dtype: torch.dtype = torch.float6
 
     An adapted weight that another module shares is untied first: only the adapted use changes.
     """
-    model = clone.cloned(base).to(dtype).eval()
+    model: nn.Module = clone.cloned(base).to(dtype).eval()
     originals = dict(base.named_modules())
     for name, module in dict(model.named_modules()).items():
         parts = factors.get(name)
@@ -124,7 +124,7 @@ def gradients(
     Returns:
         That of the input, None where the input is indices, and those of each A and B in turn.
     """
-    model = clone.cloned(base).double().eval()
+    model: nn.Module = clone.cloned(base).double().eval()
     leaves = {
         name: [
             Factors(
@@ -153,7 +153,7 @@ def gradients(
 
 def positive(base: nn.Module, factors: Snapshot) -> tuple[nn.Module, Snapshot]:
     """A base and its factors with every number made positive, for magnitudes of what they make."""
-    model = clone.cloned(base).double()
+    model: nn.Module = clone.cloned(base).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.abs_()

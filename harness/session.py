@@ -22,10 +22,17 @@ if TYPE_CHECKING:
 START_LIMIT = 180.0
 """Seconds an implementation may take to import."""
 
+STARVED = 5
+"""How many times its limit a process may take that computes and is not given the time."""
+
+AT_WORK = 0.02
+"""The part of a core below which a process is said to wait for something that does not come."""
+
 
 class _Process(Protocol):
     """What a session needs of a process, spawned or forked."""
 
+    pid: int
     requests: IO[str]
     answers: IO[str]
 
@@ -47,6 +54,7 @@ class Spawned:
             encoding="utf-8",
             env={"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **os.environ},
         )
+        self.pid = self.process.pid
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.requests: IO[str] = self.process.stdin
@@ -132,6 +140,18 @@ def _serve_and_exit(adapter: Adapter, down: int, up: int) -> None:
         os._exit(code)
 
 
+def _cpu_seconds(pid: int) -> float:
+    """Processor time that a process and its children have used; 0 once it is gone."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        times = [process.cpu_times(), *(c.cpu_times() for c in process.children(recursive=True))]
+    except psutil.Error:
+        return 0.0
+    return float(sum(t.user + t.system for t in times))
+
+
 def _ending(code: int) -> str:
     if code < 0:
         name = (
@@ -183,7 +203,7 @@ class Session:
         except (BrokenPipeError, OSError):
             pass  # it is dead; the reader says how
         try:
-            line = self._lines.get(timeout=limit + (START_LIMIT if fresh else 0))
+            line = self._wait(limit + (START_LIMIT if fresh else 0))
         except queue.Empty:
             self.close()
             return Lost("hang", f"no answer within {limit:g} s")
@@ -196,6 +216,25 @@ class Session:
             self.close()
             raise UsageError(answer["usage"])
         return answer
+
+    def _wait(self, limit: float) -> str | None:
+        """The next line; raises `queue.Empty` when the process has had its time.
+
+        On a machine with more work than cores a process that is at work may need more time than the
+        limit to be given that much: it is let go on while it computes, up to `STARVED` times as long.
+        """
+        assert self._process is not None
+        started = _cpu_seconds(self._process.pid)
+        for round_ in range(STARVED):
+            before = _cpu_seconds(self._process.pid)
+            try:
+                return self._lines.get(timeout=limit)
+            except queue.Empty:
+                now = _cpu_seconds(self._process.pid)
+                idle = now - before < AT_WORK * limit
+                if idle or now - started >= limit or round_ == STARVED - 1:
+                    raise
+        raise queue.Empty
 
     def close(self) -> None:
         """End the process, if there is one."""

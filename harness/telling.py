@@ -126,6 +126,16 @@ def tell(verdict: Verdict) -> str:
     not_run = [result for result in verdict.results if result.outcome == "not_run"]
     if not_run:
         blocks.append("Not run\n" + "\n".join(f"  {r.spec}: {'; '.join(r.notes)}" for r in not_run))
+    judged = {result.spec for result in verdict.results}
+    elsewhere = [
+        f"  {result.spec}: {note}, which does not hold; see --only {note.removeprefix('needs ').split(', ')[0]}"
+        for result in verdict.results
+        if result.outcome == "blocked"
+        for note in result.notes
+        if not judged & set(note.removeprefix("needs ").split(", "))
+    ]
+    if elsewhere:
+        blocks.append("Blocked\n" + "\n".join(elsewhere))
     if verdict.unclaimed:
         blocks.append(f"Works, but is not claimed: {', '.join(verdict.unclaimed)}")
     blocks.append(last_word(verdict))
