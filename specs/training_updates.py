@@ -196,7 +196,7 @@ def resume_equals_uninterrupted(trial: Trial) -> None:
     model = trial.adapted()
     first = optimizer(model)
     _run(model, given, first)
-    state = {key: value.clone() for key, value in _state(trial, model).items()}
+    state = _state(trial, model)
     moments = copy.deepcopy(first.state_dict())
     _run(model, given, first)
     fresh = trial.inject(seed=1)
@@ -212,7 +212,13 @@ def resume_equals_uninterrupted(trial: Trial) -> None:
 
 
 def _state(trial: Trial, model: nn.Module) -> dict[str, Any]:
-    return dict(trial.adapter.state_dict(model))
+    """The checkpoint, copied; it may hold scalars."""
+    import torch
+
+    return {
+        key: value.detach().clone() if isinstance(value, torch.Tensor) else value
+        for key, value in trial.adapter.state_dict(model).items()
+    }
 
 
 def _given(trial: Trial) -> Any:
