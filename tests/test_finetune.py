@@ -31,17 +31,22 @@ SHORT = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def started(tmp_path_factory):
+def started(request, tmp_path_factory):
     """The default command, under way: it works beside the tests that come first, on the other core."""
+    if not any("both" in item.fixturenames for item in request.session.items):
+        yield None
+        return
     folder = tmp_path_factory.mktemp("runs")
     process = subprocess.Popen(
         [*CLI, "--device", "cpu", "--output", str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     yield folder, process
-    process.kill()
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)  # the run's own process, too
     process.communicate()
 
 
