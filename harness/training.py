@@ -330,5 +330,6 @@ def limit(budget: int, device: str) -> None:
 
     if not device.startswith("cuda"):
         raise UsageError("--budget: limits a GPU's memory, and this run is on the CPU")
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), torch.device(device, 0))
+    card = torch.device(device).index or 0
+    total = torch.cuda.get_device_properties(card).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), card)
