@@ -56,7 +56,7 @@ def test_the_acme_shim_conforms():
 
 def commands():
     """Every command line of README that starts with lora-harness."""
-    lines = re.findall(r"^    (lora-harness .*)$", README, flags=re.MULTILINE)
+    lines = re.findall(r"^    (lora-harness .*)$", README.replace("\\\n", ""), flags=re.MULTILINE)
     return [shlex.split(line) for line in lines]
 
 
