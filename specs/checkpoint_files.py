@@ -85,7 +85,11 @@ def _unreadable(path: Path) -> str:
         "https://github.com/kohya-ss/sd-scripts/issues/2204",
     ),
     features=("save",),
-    needs=("checkpoint/round-trip-bits", "checkpoint/many-layers"),
+    needs=(
+        "initialization/factors-not-shared",
+        "checkpoint/round-trip-bits",
+        "checkpoint/many-layers",
+    ),
     cases=(
         Case(),
         Case(way="rslora"),

@@ -103,6 +103,7 @@ def _at_most(what: str, measured: int, allowed: int, unit: str = "bytes") -> Non
     "more on the way than that and one layer.",
     why="A base that fits a card just so must still fit when it is adapted: a copy of it does not.",
     source=(f"{PAPER}, section 4.2: memory is the adapter's", "BUGS 140"),
+    needs=("targeting/exact-coverage",),
     cases=(Case(specimen="stack", shape=(128, 192)),),
 )
 def inject_allocates_little(trial: Trial) -> None:
@@ -129,6 +130,7 @@ def inject_allocates_little(trial: Trial) -> None:
     claim="The cost of an unmerged forward SHOULD grow with r, not with in × out: ΔW is never made whole.",
     why="A product of in × out at every step undoes what low rank is for; loralib's MergedLinear does it.",
     source=(f"{PAPER}, section 4.1: h = Wx + BAx", "BUGS 135"),
+    needs=("targeting/exact-coverage",),
     cases=(
         Case(specimen="bare", shape=WIDE),
         Case(specimen="bare", shape=WIDE, dtype="bfloat16"),
@@ -169,6 +171,7 @@ def no_full_delta_in_forward(trial: Trial) -> None:
     why="No added latency is the paper's promise; a branch that still runs, or a check per call, breaks it.",
     source=(f"{PAPER}, section 4.1: no additional inference latency", "BUGS 145"),
     features=("merge",),
+    needs=("merge/same-output",),
     cases=(Case(specimen="bare", shape=WIDE), Case(specimen="tiny")),
 )
 def merged_costs_what_the_base_costs(trial: Trial) -> None:
@@ -202,6 +205,7 @@ def merged_costs_what_the_base_costs(trial: Trial) -> None:
     why="A merge that gathers ΔW for all layers, or leaves copies behind, runs out of memory at the end.",
     source=("DESIGN: merge folds ΔW into the base weights", "BUGS 21"),
     features=("merge", "unmerge"),
+    needs=("merge/same-output",),
     cases=(Case(specimen="stack", shape=(128, 192)),),
 )
 def merge_in_place(trial: Trial) -> None:
@@ -231,6 +235,7 @@ def merge_in_place(trial: Trial) -> None:
         "BUGS 134: PEFT #1706, forward allocations +55 %",
         "PyTorch, automatic mixed precision",
     ),
+    needs=("targeting/exact-coverage",),
     cases=(Case(specimen="bare", shape=WIDE), Case(specimen="bare", shape=WIDE, dtype="bfloat16")),
 )
 def no_needless_upcast(trial: Trial) -> None:
@@ -260,6 +265,7 @@ def _width(dtype: torch.dtype) -> int:
     claim="A checkpoint MUST be as large as its trained numbers, and a header: a view drags nothing along.",
     why="10,000 times smaller is the paper's promise, and torch.save writes the whole storage of a view.",
     source=(f"{PAPER}, section 4.2: 350 GB to 35 MB", "BUGS P-17"),
+    needs=("targeting/exact-coverage",),
     cases=(Case(specimen="stack", shape=(128, 192)), Case(specimen="bare", shape=WIDE)),
 )
 def checkpoint_size(trial: Trial) -> None:
@@ -282,6 +288,7 @@ def checkpoint_size(trial: Trial) -> None:
     claim="From step to step, training MUST hold no more than the adapter's gradients and optimizer state.",
     why="What each step leaves behind is out of memory some hours later.",
     source=(f"{PAPER}, section 4.2: optimizer states of the adapter alone", "BUGS 140, 141"),
+    needs=("targeting/exact-coverage",),
     cases=(Case(specimen="bare", shape=WIDE),),
     more_cases=(Case(specimen="stack", shape=(128, 192)),),
 )
@@ -323,6 +330,7 @@ def step_memory(trial: Trial) -> None:
     claim="With nothing left to train, a forward MUST build no graph and keep nothing for a backward pass.",
     why="An inference server that keeps a graph needs several times the memory, and grows with the output.",
     source=("BUGS 142", "PyTorch, autograd mechanics: requires_grad"),
+    needs=("targeting/exact-coverage",),
     cases=(Case(specimen="bare", shape=WIDE), Case(specimen="stack")),
 )
 def inference_keeps_no_graph(trial: Trial) -> None:

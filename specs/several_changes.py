@@ -76,7 +76,10 @@ def _sizes(model: nn.Module) -> list[int]:
     claim="Nothing SHOULD hold the factors of a deleted adapter.",
     why="A server that loads and deletes adapters all day fills its memory.",
     source=("BUGS 140", "https://github.com/huggingface/peft/issues/738"),
-    needs=("several/delete",),
+    needs=(
+        "initialization/factors-not-shared",
+        "several/delete",
+    ),
     features=("multi_adapter",),
     cases=(Case(), Case(specimen="stack")),
 )

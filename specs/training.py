@@ -160,7 +160,7 @@ def base_unchanged(trial: Trial) -> None:
         "BUGS section 2, P16, and P-15",
         "https://pytorch.org/docs/stable/notes/randomness.html",
     ),
-    needs=("training/loss-goes-down",),
+    needs=("training/loss-goes-down", "initialization/seeded"),
     cases=(Case(), Case(specimen="fused")),
     more_cases=(Case(specimen="tiny"), Case(specimen="embedding")),
 )

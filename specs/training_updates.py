@@ -31,7 +31,7 @@ SMALL_RATE = 0.1
         "https://github.com/huggingface/transformers/pull/35651",
         "https://github.com/huggingface/transformers/pull/34191",
     ),
-    needs=("training/loss-goes-down",),
+    needs=("training/loss-goes-down", "initialization/factors-not-shared"),
     cases=(
         Case(),
         Case(way="accumulated"),

@@ -165,7 +165,7 @@ class Reference:
 
     def put(self, model: nn.Module, wrapped: Mapping[str, Any]) -> None:
         """Put wrappers in their bases' places, under every name those have."""
-        swap(model, {wrapper.base: wrapper for wrapper in wrapped.values()})
+        swap(model, {model.get_submodule(path): new for path, new in wrapped.items()})
 
     def checkpoint_inputs(self, model: Any) -> None:
         """Let reentrant checkpoints see an input that needs a gradient, whenever they are enabled."""

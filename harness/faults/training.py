@@ -125,7 +125,8 @@ def factors_in_the_dtype_of_the_base() -> Adapter:
     def act(adapter: Any, model: nn.Module) -> None:
         for adapted in adapter.layers(model).values():
             for branch in adapted.branches:
-                branch.to(adapted.original.weight.dtype)
+                if adapted.original.weight.is_floating_point():
+                    branch.to(adapted.original.weight.dtype)
 
     return after_injection(act)
 
