@@ -20,8 +20,8 @@ def stranger(fault: Fault) -> Adapter:
     kind = type(adapter)
     changes: dict[str, Any] = {"name": "acme", "version": "9.9"}
     if kind.key is Reference.key:
-        changes["key"] = lambda self, path, name, branch: (  # noqa: ARG005
-            f"{path}.acme_{name.replace('lora_', 'lora_low_')}"
+        changes["key"] = lambda self, path, name, branch: (
+            f"acme.{path}.{name}"
         )
     if kind.generator is Reference.generator:
         changes["generator"] = lambda self, key: Reference.generator(self, f"acme/{key}")
