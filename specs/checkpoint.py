@@ -155,7 +155,7 @@ def _storage_bytes(found: Any) -> int:
         "https://github.com/huggingface/peft/issues/286",
         "https://github.com/pytorch/torchtune/issues/1764",
     ),
-    needs=("forward/equals-oracle",),
+    needs=("forward/equals-oracle", "forward/sees-factors-now"),
     tier="smoke",
     cases=(
         *KINDS,

@@ -171,7 +171,7 @@ def no_full_delta_in_forward(trial: Trial) -> None:
     why="No added latency is the paper's promise; a branch that still runs, or a check per call, breaks it.",
     source=(f"{PAPER}, section 4.1: no additional inference latency", "BUGS 145"),
     features=("merge",),
-    needs=("merge/same-output",),
+    needs=("merge/same-output", "forward/inference-mode-first"),
     cases=(Case(specimen="bare", shape=WIDE), Case(specimen="tiny")),
 )
 def merged_costs_what_the_base_costs(trial: Trial) -> None:

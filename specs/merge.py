@@ -272,7 +272,7 @@ def weight_equals_oracle(trial: Trial) -> None:
         "https://github.com/microsoft/LoRA/issues/96",
     ),
     features=("merge", "unmerge"),
-    needs=("merge/same-output",),
+    needs=("merge/same-output", "forward/embedding", "forward/sees-factors-now"),
     cases=(Case(), *EACH_LAYER, Case(specimen="bare", way="untrained")),
 )
 def restores_base(trial: Trial) -> None:

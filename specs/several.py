@@ -23,7 +23,7 @@ DESIGN = "DESIGN.md, multi_adapter"
     claim="Adding an adapter MUST change no output, and activating one MUST make that one alone act.",
     why="Serving or training one adapter with another's update in it is wrong without a sign of it.",
     source=(DESIGN, "BUGS 97", "https://github.com/huggingface/peft/pull/2466"),
-    needs=("forward/equals-oracle",),
+    needs=("forward/equals-oracle", "forward/embedding", "forward/sees-factors-now"),
     features=("multi_adapter",),
     cases=(
         Case(),
@@ -64,7 +64,7 @@ def switch(trial: Trial) -> None:
         "https://github.com/huggingface/peft/pull/1111",
         "https://github.com/huggingface/peft/pull/2539",
     ),
-    needs=("several/switch", "targeting/exact-coverage"),
+    needs=("several/switch", "targeting/exact-coverage", "forward/scaling"),
     features=("multi_adapter",),
     cases=(
         Case(specimen="stack", way="names"),

@@ -24,7 +24,7 @@ GUIDE = "guide, step 3: only LoRA parameters train, https://github.com/microsoft
     claim="A backward pass MUST give every factor a gradient that is not zero, and nothing else any.",
     why="A factor that gets none never learns; a base that gets one drifts or fills the memory.",
     source=(GUIDE, "BUGS 10, 101, 109, 124", "https://github.com/huggingface/trl/issues/5977"),
-    needs=("trainable/only-lora", "forward/equals-oracle"),
+    needs=("trainable/only-lora", "forward/equals-oracle", "forward/inference-mode-first"),
     cases=(
         Case(),
         Case(way="after-inference"),
@@ -115,7 +115,11 @@ def loss_goes_down(trial: Trial) -> None:
     claim="Training under AdamW with weight decay MUST leave the base as it was, bit for bit.",
     why="A base that drifts makes the adapter useless on the pretrained checkpoint, where it is loaded.",
     source=(GUIDE, "BUGS 58, 88, 130, P-5, P-6"),
-    needs=("training/loss-goes-down", "trainable/optimizer-holds-only-lora"),
+    needs=(
+        "training/loss-goes-down",
+        "trainable/optimizer-holds-only-lora",
+        "forward/sees-factors-now",
+    ),
     cases=(
         Case(),
         Case(specimen="fused"),

@@ -31,7 +31,7 @@ SMALL_RATE = 0.1
         "https://github.com/huggingface/transformers/pull/35651",
         "https://github.com/huggingface/transformers/pull/34191",
     ),
-    needs=("training/loss-goes-down", "initialization/factors-not-shared"),
+    needs=("training/loss-goes-down", "initialization/factors-not-shared", "forward/scaling"),
     cases=(
         Case(),
         Case(way="accumulated"),
@@ -71,7 +71,7 @@ def update_equivalence(trial: Trial) -> None:
         "https://github.com/huggingface/peft/issues/404",
         "https://github.com/huggingface/transformers/issues/42489",
     ),
-    needs=("training/update-equivalence",),
+    needs=("training/update-equivalence", "forward/phi3"),
     features=("gradient_checkpointing",),
     cases=(
         Case(specimen="tiny", way="before-reentrant"),
