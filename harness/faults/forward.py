@@ -242,10 +242,11 @@ def passes_by_unknown_parents() -> Adapter:
 )
 def swallows_arguments() -> Adapter:
     """The hidden states asked for never come."""
-
-    def known(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {name: v for name, v in kwargs.items() if name != "output_hidden_states"}
-
     return after_injection(
-        lambda _, model: model.register_forward_pre_hook(known, with_kwargs=True)
+        lambda _, model: model.register_forward_pre_hook(_without_states, with_kwargs=True)
     )
+
+
+def _without_states(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """At the top of the module, where pickle finds it."""
+    return args, {name: v for name, v in kwargs.items() if name != "output_hidden_states"}

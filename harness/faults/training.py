@@ -133,7 +133,7 @@ def factors_in_the_dtype_of_the_base() -> Adapter:
 
 @fault(
     sin="A's gradient leaves out the scaling: one global rate for every rank and alpha.",
-    killed_by=UPDATE,
+    killed_by="forward/gradients",
     replays=("112",),
     varies="alpha other than r",
 )
