@@ -113,7 +113,7 @@ def gradients(trial: Trial) -> None:
 
     x, base = trial.inputs(), trial.base()
     if not x.is_floating_point():
-        x = x.masked_fill(x == 1, 2)
+        x = x.masked_fill(x == 1, 0)
     if trial.case.way == "hooked":
         base.get_submodule("proj").register_full_backward_hook(lambda *_: None)
     model = trial.adapted(base)

@@ -227,7 +227,7 @@ def _given(trial: Trial) -> Any:
 
     given = trial.inputs()
     if trial.case.specimen in {"embedding", "tied"}:
-        return torch.where(given == 1, torch.full_like(given, 2), given)
+        return torch.where(given == 1, torch.zeros_like(given), given)
     return given
 
 
