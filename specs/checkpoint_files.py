@@ -121,7 +121,7 @@ def save_restores_settings(trial: Trial) -> None:
     factors = trial.randomize(model)
     want = trial.call(model, given)
     trial.adapter.save(model, folder)  # type: ignore[attr-defined]  # the feature brings it
-    base = specimen.build(trial.case.with_(seed=int(way == "another-base")))
+    base = specimen.build(trial.case.with_(seed=trial.case.seed + (way == "another-base")))
     truth, budget = trial.truth(base, factors, given), trial.budget(base, factors, given)
     loaded = trial.adapter.load(base, folder, trainable=way == "dropout")  # type: ignore[attr-defined]  # likewise
     trial.unmerged(loaded)
