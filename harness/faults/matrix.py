@@ -10,6 +10,7 @@ correct implementation that fails a MUST. `python -m harness.faults` makes it.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -304,6 +305,9 @@ def _warm_up() -> None:
             judge(reference.adapter(), item, case)
         if item.search is not None:
             search(reference.adapter(), item, explore=False)
+    # What a copy does not walk through, it need not copy.
+    gc.collect()
+    gc.freeze()
 
 
 def _cpu_seconds() -> tuple[float, float]:
