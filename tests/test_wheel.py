@@ -73,8 +73,8 @@ def test_the_wheel_stands_by_itself(installed):
 
 
 def test_the_command_line_judges_an_entry_point(installed):
-    """`lora-harness check acme` finds it by name."""
-    done = installed("-m", "harness.cli", "check", "acme", "--tier", "smoke")
+    """`lora-harness check acme` finds README's shim by name, and it conforms in every core spec."""
+    done = installed("-m", "harness.cli", "check", "acme")
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("acme 2.3.1")
