@@ -48,6 +48,5 @@ if __name__ == "__main__":
 
     import peft  # noqa: F401
 
-
     gc.freeze()  # every count collects garbage first: nothing of the libraries is any
     print(*(digest(adapter) for adapter in sys.argv[1].split(",") for _ in range(5)))

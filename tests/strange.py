@@ -20,9 +20,7 @@ def stranger(fault: Fault) -> Adapter:
     kind = type(adapter)
     changes: dict[str, Any] = {"name": "acme", "version": "9.9"}
     if kind.key is Reference.key:
-        changes["key"] = lambda self, path, name, branch: (
-            f"acme.{path}.{name}"
-        )
+        changes["key"] = lambda self, path, name, branch: f"acme.{path}.{name}"
     if kind.generator is Reference.generator:
         changes["generator"] = lambda self, key: Reference.generator(self, f"acme/{key}")
     adapter.__class__ = type("Stranger", (kind,), changes)
