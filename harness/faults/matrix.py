@@ -251,7 +251,9 @@ def run(correct: Sequence[str], *, only: Iterable[str] = (), jobs: int = 2) -> M
     rows = [Row(**row) for part in done for row in part]
     return Matrix(
         faults=[row for row in rows if row.killed_by],
-        correct=[row for row in rows if not row.killed_by],
+        correct=sorted(
+            (row for row in rows if not row.killed_by), key=lambda r: correct.index(r.name)
+        ),
         seconds=round(time.monotonic() - started, 1),
     )
 
