@@ -140,7 +140,9 @@ class Judge:
             result.outcome = "not_claimed"
             result.notes = [f"{', '.join(lacking)} is not claimed"] if lacking else []
             return result
-        blockers = [need for need in item.needs if self._blocks(need)]
+        # Asked for one case, that is what is judged: what it needs was judged at cases of its own.
+        needs = () if self._points.only is not None else item.needs
+        blockers = [need for need in needs if self._blocks(need)]
         if blockers:
             result.outcome = "blocked"
             result.notes = [f"needs {', '.join(blockers)}"]
