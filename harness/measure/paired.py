@@ -1,11 +1,14 @@
 """Two sides timed against each other in the same minutes, until the question is answered.
 
-    round 1:  first ▏second      round 2:  second ▏first      round 3:  first ▏second  …
+    a round:  first ▏second ▏second ▏first      or, every other time round the cores, the mirror image
               └ log(second / first) of each round ┘ ──▶ median, interval ──▶ better same worse
 
 Each side is a process of its own with an interpreter of its own; while one works the other waits.
-Blocks are short, so that a neighbour's burst hits both halves of a round or is one outlier among
-hundreds, and order alternates, so that what depends on it cancels.
+Blocks are short, so that a neighbour's burst hits both sides of a round or is one outlier among
+hundreds. In a round each side once follows the other, which has emptied the caches, and once itself,
+so that this cancels, as does what drifts in a straight line. All of a round runs on one core: left
+to the scheduler, each side keeps a core of its own for seconds, and a neighbour on one of the two
+cores is then taken for a difference between the sides.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
 Phase = Literal["training-step", "evaluation-forward", "merged-forward"]
 BLOCK_SECONDS = 0.02
 """How long one side works before the other does: two or three steps of a tiny model."""
+
+ROUNDS_ON_A_CORE = 4
+"""After how many rounds both sides move to the next core."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +74,7 @@ class Pairing:
         high: upper bound.
         rounds: rounds run.
         seconds: from the start of the processes to the answer.
-        samples: median seconds of a step in each round, first side then second.
+        samples: seconds of a step in each round, first side then second.
         note: why it is inconclusive, where it is more than noise.
     """
 
@@ -120,6 +126,7 @@ def compare(
     deadline = began + seconds
     ratios: list[float] = []
     samples: list[tuple[float, float]] = []
+    cores = _cores(first, second)
 
     def finish(verdict: Verdict, found: Interval, note: str = "") -> Pairing:
         return Pairing(
@@ -141,11 +148,13 @@ def compare(
             longest = 0.0
             while time.monotonic() + longest < deadline:
                 start = time.monotonic()
-                # The pattern first-second, second-first cancels what drifts in a straight line.
-                order = (one, two) if len(ratios) % 2 == 0 else (two, one)
-                took = {process: process.run(steps, deadline) for process in order}
-                samples.append((took[one], took[two]))
-                ratios.append(math.log(took[two] / took[one]))
+                lap, core = divmod(len(ratios) // ROUNDS_ON_A_CORE, len(cores))
+                outer, inner = (one, two) if lap % 2 == 0 else (two, one)
+                took: dict[_Process, list[float]] = {one: [], two: []}
+                for process in (outer, inner, inner, outer):
+                    took[process].append(process.run(steps, deadline, cores[core]))
+                samples.append((math.sqrt(math.prod(took[one])), math.sqrt(math.prod(took[two]))))
+                ratios.append(math.log(samples[-1][1] / samples[-1][0]))
                 longest = max(longest, time.monotonic() - start)
                 if len(ratios) in LOOKS:
                     verdict, found = decide(ratios, margin=margin, error=error)
@@ -157,6 +166,14 @@ def compare(
     verdict, found = decide(ratios, margin=margin, error=error)
     note = "" if ratios else f"{seconds:g} s were over before the first round"
     return finish(verdict, found, note)
+
+
+def _cores(*sides: Side) -> list[int | None]:
+    """The cores to run rounds on, in turn; only None where a side is not one thread of the CPU's."""
+    alone = all(side.device == "cpu" and side.threads == 1 for side in sides)
+    if not alone or not hasattr(os, "sched_getaffinity"):
+        return [None]
+    return [*sorted(os.sched_getaffinity(0))]
 
 
 def _steps(one: _Process, two: _Process, deadline: float) -> int:
@@ -210,9 +227,9 @@ class _Process:
         self._process.kill()
         self._process.communicate()
 
-    def run(self, steps: int, deadline: float) -> float:
-        """Median seconds of a step, in a block of `steps`."""
-        self._say({"steps": steps})
+    def run(self, steps: int, deadline: float, core: int | None = None) -> float:
+        """Median seconds of a step, in a block of `steps`, on a core or on any."""
+        self._say({"steps": steps, "core": core})
         seconds: list[float] = self.answer(deadline)["seconds"]
         return median(seconds)
 

@@ -1,6 +1,6 @@
 """One side of a pair: a process that builds its work once and runs it when asked.
 
-    parent ── {"steps": n} ──▶ side            a line of JSON each way
+    parent ── {"steps": n, "core": k} ──▶ side         a line of JSON each way
            ◀── {"seconds": [...], "wall": s} ──
 
 It needs nothing of the harness's own environment but this package on its path, so that the side may
@@ -41,8 +41,13 @@ def main() -> None:
         answer(ready=True, **facts)
         gc.collect()
         gc.freeze()
+        core = None
         for line in sys.stdin:
-            answer(**_run(step, json.loads(line)["steps"], asked["slowdown"], clock))
+            told = json.loads(line)
+            if told["core"] != core:
+                core = told["core"]
+                os.sched_setaffinity(0, {core})
+            answer(**_run(step, told["steps"], asked["slowdown"], clock))
     except Exception as error:  # noqa: BLE001  # a stranger's code; the parent tells of it
         answer(error=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
 
