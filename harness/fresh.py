@@ -1,10 +1,11 @@
-"""A fresh process for each question: one that has imported torch, and met no implementation.
+"""A fresh process for each question: one that has imported the libraries, and met no implementation.
 
     this process ── a line of JSON ──> the server ── fork ──> a child: `module.function(*arguments)`
                  <── "" or an error ──
 
-Importing torch takes longer than most specs, so it is paid once: the server imports it, computes
-nothing, and forks a child for each question. The server's hash seed is not this process's.
+Importing torch and transformers takes longer than any spec, so it is paid once: the server imports
+them, computes nothing, and forks a child for each question. Started early, it does so beside the first
+specs. The server's hash seed is not this process's.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from harness.failure import NotRun
 
 LIMIT = 50
 """Seconds a child may take: less than a spec may, so that a hang is told for what it is."""
+
+LIBRARIES = ("torch", "transformers.modeling_utils", "accelerate", "bitsandbytes")
+"""What the server imports so that no child has to: what takes long, of what implementations import."""
 
 HASH_SEEDS = ("1729", "1")
 """The server's hash seed: the first, or the second where this process has the first."""
@@ -54,6 +58,12 @@ def call(module: str, function: str, *arguments: str) -> str:
     return problem
 
 
+def start() -> None:
+    """Start the server now, for a question to come."""
+    if hasattr(os, "fork") and not _SHARED:
+        _server(os.getpid())
+
+
 def share() -> None:
     """Start the server now, for this process and all its copies, which must ask one at a time."""
     _SHARED[:] = [_server(os.getpid())]
@@ -64,8 +74,8 @@ _NUMBERS = count()
 
 
 @lru_cache(maxsize=1)
-def _server(parent: int) -> subprocess.Popen[str]:  # noqa: ARG001  # a forked copy starts its own
-    """Started when first asked; it ends when its input does, which is when this process does."""
+def _server(parent: int) -> subprocess.Popen[str]:
+    """One for each process, forked copies too; it ends when its input does, or this process."""
     seed = HASH_SEEDS[os.environ.get("PYTHONHASHSEED") == HASH_SEEDS[0]]
     process = subprocess.Popen(
         [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {_START}"],
@@ -76,18 +86,15 @@ def _server(parent: int) -> subprocess.Popen[str]:  # noqa: ARG001  # a forked c
         encoding="utf-8",
         env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
     )
-    atexit.register(_end, process)
+    atexit.register(_end, process, parent)
     return process
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Close its input, and wait; not in a copy of this process, whose child it is not."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with contextlib.suppress(OSError):
-        process.stdin.close()
-    process.stdout.close()
-    process.wait()
+def _end(process: subprocess.Popen[str], parent: int) -> None:
+    """End it, asked or not; a copy of the process that started it leaves it alone."""
+    if parent == os.getpid():
+        process.kill()
+        process.wait()
 
 
 _START = "from harness import fresh; fresh.serve()"
@@ -95,7 +102,9 @@ _START = "from harness import fresh; fresh.serve()"
 
 def serve() -> None:
     """In the server: fork a child for each line of input."""
-    import torch  # noqa: F401  # imported here so that no child has to
+    for library in LIBRARIES:
+        with contextlib.suppress(Exception):  # a child that needs what is broken says so
+            import_module(library)
 
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -61,6 +61,7 @@ class Spec:
         cases: the points at which it is judged.
         more_cases: further points, in the full tier alone.
         search: a strategy over cases, for properties worth searching; derandomised in a verdict.
+        fresh: whether it asks a fresh process, whose start is begun with the run's.
         judge: returns, or raises `Broken`.
     """
 
@@ -75,6 +76,7 @@ class Spec:
     cases: tuple[Case, ...]
     more_cases: tuple[Case, ...]
     search: Callable[[], SearchStrategy[Case]] | None
+    fresh: bool
     judge: Callable[[Trial], None]
 
     @property
@@ -119,6 +121,7 @@ def spec(
     tier: Tier = "core",
     since: str = "provisional",
     search: Callable[[], SearchStrategy[Case]] | None = None,
+    fresh: bool = False,
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Enter a judge into the catalogue; raises ValueError on a record that is not whole."""
     if not re.fullmatch(r"[a-z]+/[a-z0-9]+(-[a-z0-9]+)*", id):
@@ -146,6 +149,7 @@ def spec(
             cases=listed,
             more_cases=tuple(more_cases),
             search=search,
+            fresh=fresh,
             judge=judge,
         )
         return judge

@@ -132,6 +132,8 @@ def check(
             else known_failures.load(known)
         )
         judge.known = entries
+        if any(item.fresh for item in specs.values()):
+            session.ask({"do": "prepare"}, limit=limit)
         for item in specs.values():
             result = judge.result(item)
             if progress:

@@ -4,6 +4,7 @@ An implementation may patch torch for all, print, hang or take the process down;
 prints goes to standard error, so that only answers travel on the pipe.
 
     {"do": "describe"}                                 -> name, version, capabilities
+    {"do": "prepare"}                                  -> a fresh process is started, for later
     {"do": "judge", "spec": id, "case": text}          -> failure or null, margins, notes
     {"do": "search", "spec": id, "explore": bool}      -> the same, the case found by hypothesis
     {"do": "diagnose", "spec": id, "case": text}       -> names of planted faults that behave the same
@@ -19,6 +20,7 @@ import time
 import warnings
 from typing import IO, TYPE_CHECKING, Any
 
+from harness import fresh
 from harness.case import Case
 from harness.errors import UsageError
 from harness.failure import Broken, NotRun, raised
@@ -64,6 +66,9 @@ def _answer(adapter: Adapter, specs: dict[str, Spec], request: dict[str, Any]) -
             "capabilities": {name: sorted(getattr(c, name)) for name in c.KNOWN},
             "methods": [name for name in dir(adapter) if callable(getattr(adapter, name, None))],
         }
+    if request["do"] == "prepare":
+        fresh.start()
+        return {}
     item = specs[request["spec"]]
     if request["do"] == "search":
         return search(adapter, item, explore=bool(request.get("explore")))

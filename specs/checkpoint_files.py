@@ -180,7 +180,7 @@ def load_trainability(trial: Trial) -> None:
     source=(
         "BUGS 54, 55, 119",
         "https://github.com/huggingface/transformers/issues/34469",
-        "https://github.com/huggingface/peft/issues/591",
+        "https://github.com/huggingface/peft/pull/591",
     ),
     features=("save",),
     needs=("checkpoint/save-restores-settings",),
@@ -217,6 +217,7 @@ def load_keeps_mode(trial: Trial) -> None:
     source=("BUGS section 6.8; P3", GUIDE),
     needs=("checkpoint/two-stage-load", "checkpoint/safe-file"),
     cases=(Case(specimen="bare"),),
+    fresh=True,
 )
 def fresh_process(trial: Trial) -> None:
     """Write the checkpoint, load it in a child, and compare the child's outputs."""
@@ -253,6 +254,7 @@ def _load_and_call(trial: Trial, folder: Path) -> None:
     features=("save",),
     needs=("checkpoint/save-restores-settings",),
     cases=(Case(specimen="stack"),),
+    fresh=True,
 )
 def same_bytes_under_another_hash_seed(trial: Trial) -> None:
     """Save the same factors here and in a child under another hash seed."""
