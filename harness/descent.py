@@ -62,6 +62,15 @@ def terms(out: Tensor, given: Any, first: int = 0) -> tuple[Tensor, int]:
     return (errors * keep).sum(), int(keep.sum())
 
 
+def targets(call: Callable[[Any], Tensor], given: Any) -> int:
+    """How many targets a whole batch counts; a layer's follow from its outputs."""
+    if isinstance(given, dict):
+        batch, t = given["input_ids"].shape
+        return int(counted(t - 1, batch).sum())
+    with torch.no_grad():
+        return terms(call(given), given)[1]
+
+
 def counted(targets: int, batch: int, first: int = 0) -> Tensor:
     """Which targets count, `(b, targets)`: every one of sample 0, every second of sample 1, and so on."""
     position = torch.arange(targets)

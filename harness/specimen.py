@@ -204,6 +204,18 @@ def pristine(case: Case) -> nn.Module:
     return made
 
 
+def modules(case: Case) -> dict[str, nn.Module]:
+    """The modules of `pristine`, by their dotted names."""
+    return _modules(case.specimen, shape_of(case), case.dtype, case.device, case.seed)
+
+
+@lru_cache(maxsize=32)
+def _modules(
+    specimen: str, shape: tuple[int, ...], dtype: str, device: str, seed: int
+) -> dict[str, nn.Module]:
+    return dict(_pristine(specimen, shape, dtype, device, seed).named_modules())
+
+
 @lru_cache(maxsize=32)
 def _mould(specimen: str, shape: tuple[int, ...], dtype: str, device: str, seed: int) -> Mould:
     return Mould(_pristine(specimen, shape, dtype, device, seed))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harness import oracle, specimen, tolerance
+from harness import memo, oracle, specimen, tolerance
 from harness.adapter import Adapter, Factors, LoraConfig
 from harness.failure import Broken, fail
 
@@ -122,7 +122,7 @@ class Trial:
     def factors(self, model: nn.Module) -> dict[str, list[Factors]]:
         """The live factors, checked: known modules, whole, of shapes that fit."""
         found = self.adapter.factors(model)
-        modules = dict(specimen.pristine(self.case).named_modules())
+        modules = specimen.modules(self.case)
         if not isinstance(found, dict) or not found:
             fail("names", expected="factors for every adapted module", actual=repr(found)[:80])
         for name, parts in found.items():
@@ -182,11 +182,22 @@ class Trial:
 
     def truth(self, base: nn.Module, factors: Snapshot, given: Any) -> Tensor:
         """Float64 outputs of the base with W + ΔW in the place of W."""
-        return self.call(oracle.merged(base, factors), _cast(given, torch.float64))
+        return memo.kept(
+            lambda: self.call(oracle.merged(base, factors), _cast(given, torch.float64)),
+            *("truth", self.case.specimen, base, factors, given),
+        )
 
     def budget(self, base: nn.Module, factors: Snapshot, given: Any) -> Tensor:
         """The error that rounding allows on those outputs, by the coarsest dtype in play."""
         coarse = self.factor_dtype
+        return memo.kept(
+            lambda: self._budget(base, factors, given, coarse),
+            *("budget", self.case.specimen, self.case.r, coarse, base, factors, given),
+        )
+
+    def _budget(
+        self, base: nn.Module, factors: Snapshot, given: Any, coarse: torch.dtype
+    ) -> Tensor:
         if specimen.is_linear(self.case):
             absolute = given.double().abs() if given.is_floating_point() else given
             M = self.call(oracle.magnitude(base, factors), absolute)
@@ -208,6 +219,16 @@ class Trial:
             self.factors(self.inject())
         assert self._factor_dtype is not None
         return self._factor_dtype
+
+    def descent(self, factors: Snapshot, given: Any, *, lr: float, dtype: torch.dtype) -> Snapshot:
+        """The factors after one SGD step of the equation on the case's base, evaluated in a dtype."""
+        from harness import descent
+
+        base = specimen.pristine(self.case)
+        return memo.kept(
+            lambda: descent.Equation(base, factors, dtype).descend(given, lr=lr).factors[-1],
+            *("descent", self.case.specimen, base, factors, given, lr, dtype),
+        )
 
     # -- the judgement -----------------------------------------------------------------------------
 

@@ -120,9 +120,9 @@ def count(trial: Trial) -> None:
     """Judge the number of elements for each module and in all."""
     from torch import nn
 
-    from harness import storage
+    from harness import specimen, storage
 
-    base = trial.base()
+    base = specimen.pristine(trial.case)
     factors = trial.factors(trial.inject())
     r = trial.case.r
     for name, parts in factors.items():

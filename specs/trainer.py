@@ -46,7 +46,7 @@ def trainer_update(trial: Trial) -> None:
     """Judge the change of every factor under SGD without clipping; rows have 8, 6, 4 and 2 labels."""
     import torch
 
-    from harness import descent, specimen, tolerance
+    from harness import descent, memo, specimen, tolerance
 
     ids, labels = _batch(trial)
     model = trial.adapted()
@@ -65,8 +65,14 @@ def trainer_update(trial: Trial) -> None:
     after = trial.snapshot(model)
 
     def whole(given: Any, dtype: torch.dtype) -> Any:
-        equation = descent.Equation(specimen.pristine(trial.case), before, dtype)
-        return equation.descend(given, lr=1.0, loss=lambda out: _mean(out, labels)).factors[-1]
+        base = specimen.pristine(trial.case)
+
+        def descend() -> Any:
+            equation = descent.Equation(base, before, dtype)
+            return equation.descend(given, lr=1.0, loss=lambda out: _mean(out, labels)).factors[-1]
+
+        asked = ("trainer", trial.case.specimen, base, before, given, labels, dtype)
+        return memo.kept(descend, *asked)
 
     truth, rough = whole({"input_ids": ids}, torch.float64), whole({"input_ids": ids}, trial.dtype)
     for name, (start, end, goal, stray) in descent.pairs(before, after, truth, rough):

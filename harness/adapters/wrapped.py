@@ -162,9 +162,29 @@ class Whole(nn.Module):
         return self.acting.weight  # type: ignore[return-value]
 
 
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, which hands each module up through a generator for every level above it."""
+    seen: set[nn.Module] = set()
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield path, module
+        prefix = f"{path}." if path else ""
+        stack += [
+            (prefix + name, child)
+            for name, child in reversed(module._modules.items())  # noqa: SLF001
+            if child is not None
+        ]
+
+
 def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put each value in its key's place, under every name that has."""
-    for parent in list(model.modules()):
+    if not new:
+        return
+    for _, parent in list(walk(model)):
         for name, child in parent._modules.items():  # noqa: SLF001  # every name, not each child once
             if child is not None and child in new:
                 parent._modules[name] = new[child]  # noqa: SLF001
@@ -173,7 +193,10 @@ def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
 @contextmanager
 def bare(model: nn.Module) -> Iterator[None]:
     """Inside, the model as it was before injection."""
-    wrapped = [module for module in model.modules() if isinstance(module, Adapted | Whole)]
+    wrapped = [module for _, module in walk(model) if isinstance(module, Adapted | Whole)]
+    if not wrapped:
+        yield
+        return
     swap(model, {module: module.original for module in wrapped})
     try:
         yield
