@@ -159,6 +159,7 @@ def _storage_bytes(found: Any) -> int:
     tier="smoke",
     cases=(
         *KINDS,
+        Case(way="lora_bias"),
         Case(specimen="stack", way="two-layers"),
         Case(specimen="stack", way="modules_to_save"),
     ),
@@ -170,9 +171,12 @@ def complete(trial: Trial) -> None:
     config = trial.config()
     if trial.case.specimen == "stack":
         config = trial.config(target_modules=("layers.3.v_proj", "layers.7.v_proj"))
+    if trial.case.way in {"lora_bias", "modules_to_save"} and not trial.claims(trial.case.way):
+        trial.notes.append(f"{trial.case.way} is not claimed")
+        return
+    if trial.case.way == "lora_bias":
+        config = trial.config(lora_bias=True)
     if trial.case.way == "modules_to_save":
-        if not trial.claims("modules_to_save"):
-            return
         config = trial.config(
             target_modules=config.target_modules, modules_to_save=("lm_head", "layers.5.norm")
         )

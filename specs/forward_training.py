@@ -51,7 +51,7 @@ def dropout_off_in_eval(trial: Trial) -> None:
     source=(
         "BUGS 44, 55, 117, P-11, P-12",
         "https://github.com/meta-pytorch/torchtune/issues/995",
-        "https://github.com/huggingface/peft/issues/591",
+        "https://github.com/huggingface/peft/pull/591",
     ),
     needs=("forward/sees-factors-now", "forward/fused-parts", "forward/conv2d"),
     features=("dropout",),

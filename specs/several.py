@@ -9,9 +9,8 @@ from harness.failure import fail
 from harness.spec import spec
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-    from harness.adapter import LoraConfig
     from harness.oracle import Snapshot
     from harness.trial import Trial
 
@@ -52,75 +51,6 @@ def switch(trial: Trial) -> None:
     activate(trial, model, "default")
 
     trial.same_bits(trial.call(model, x), alone, "outputs after the first is activated again")
-
-
-@spec(
-    "several/other-settings",
-    claim="A second adapter with another rank, alpha and targets MUST act by its own settings.",
-    why="Adapters are trained apart, each with settings of its own.",
-    source=(
-        DESIGN,
-        "BUGS 35, 81, 85, 104",
-        "https://github.com/huggingface/peft/pull/1111",
-        "https://github.com/huggingface/peft/pull/2539",
-    ),
-    needs=("several/switch", "targeting/exact-coverage", "forward/scaling"),
-    features=("multi_adapter",),
-    cases=(
-        Case(specimen="stack", way="names"),
-        Case(specimen="stack", way="all-linear"),
-        Case(specimen="stack", way="fewer"),
-    ),
-    more_cases=(Case(specimen="tiny", way="all-linear"),),
-)
-def other_settings(trial: Trial) -> None:
-    """Judge which modules the second adapts, its scaling, and its outputs."""
-    from harness import tolerance
-
-    base, x = trial.base(), trial.inputs()
-    second = _second_config(trial)
-    model = trial.adapted(base)
-    alone = trial.call(model, x)
-    adapter: Any = trial.adapter
-    adapter.add(model, "second", second)
-    activate(trial, model, "second")
-    factors = trial.randomize(model, seed=1)
-    base = trial.base()
-    wanted = set(second.targets(base))
-    if set(factors) != wanted:
-        missing, extra = sorted(wanted - set(factors)), sorted(set(factors) - wanted)
-        fail(
-            "names",
-            expected=f"the second adapter on its own {len(wanted)} targets",
-            actual=f"missing {missing[:3]}, extra {extra[:3]}",
-        )
-    for name, parts in factors.items():
-        for f in parts:
-            allowed = tolerance.setting(second.scaling)
-            trial.close(number(f.scaling), number(second.scaling), allowed, f"scaling of {name}")
-            if len(f.A) != second.r:
-                fail("count", expected=f"rank {second.r}", actual=f"{len(f.A)}", where=name)
-    truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
-    trial.close(trial.call(model, x), truth, budget, "output of the second adapter")
-    activate(trial, model, "default")
-
-    trial.same_bits(trial.call(model, x), alone, "outputs after the first is activated again")
-
-
-def _second_config(trial: Trial) -> LoraConfig:
-    targets: Any = {
-        "names": ("foo", "foobar", "weight_proj"),
-        "all-linear": "all-linear",
-        "fewer": ("v_proj",),
-    }[trial.case.way]
-    return trial.config(r=5, lora_alpha=2.0, target_modules=targets)
-
-
-def number(value: float) -> Tensor:
-    """A number as a tensor, to compare it as one."""
-    import torch
-
-    return torch.tensor(value, dtype=torch.float64)
 
 
 @spec(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
-from harness.specs.several import DESIGN, activate, number
+from harness.specs.several import DESIGN, activate
+from harness.specs.several_settings import number
 
 if TYPE_CHECKING:
     from torch import nn
@@ -210,6 +211,7 @@ def _terms(trial: Trial, model: nn.Module) -> list[tuple[str, float, Snapshot]]:
         "": (0.7, 0.6),
         "alike": (0.7, 0.6),
         "negative": (1.5, -0.8),
+        "one": (1.0,),
         "three": (0.4, -1.1, 0.9),
     }[trial.case.way]
     terms = [("default", weights[0], trial.snapshot(model))]
@@ -229,13 +231,14 @@ def _terms(trial: Trial, model: nn.Module) -> list[tuple[str, float, Snapshot]]:
 
 @spec(
     "several/combination-leaves-its-sources",
-    claim="Combining adapters MUST leave each of them as it was: values, scaling, outputs and settings.",
+    claim="Combining adapters MUST leave each of them as it was: values, scaling, outputs and settings; "
+    "and so MUST writing to the combination.",
     why="A combination that writes its rank or alpha into a source's settings changes that source when "
-    "it is saved and loaded again.",
+    "it is saved and loaded again; one that shares factors with it, when it is trained on.",
     source=("BUGS 36", "https://github.com/huggingface/peft/issues/654"),
     needs=("several/combination", "checkpoint/save-restores-settings"),
     features=("multi_adapter", "combine"),
-    cases=(Case(), Case(specimen="stack", way="negative")),
+    cases=(Case(), Case(way="one"), Case(specimen="stack", way="negative")),
 )
 def combination_leaves_its_sources(trial: Trial) -> None:
     """Judge factors and outputs in place and, where `save` is claimed, what a saved source loads as."""
@@ -247,6 +250,8 @@ def combination_leaves_its_sources(trial: Trial) -> None:
     before = trial.call(model, x)
     adapter: Any = trial.adapter
     adapter.combine(model, [name for name, _, _ in terms], [w for _, w, _ in terms], "both")
+    activate(trial, model, "both")
+    trial.randomize(model, seed=9)
     for name, _, values in terms:
         activate(trial, model, name)
         now = trial.snapshot(model)

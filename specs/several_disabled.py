@@ -148,15 +148,50 @@ def switch_saved_modules(trial: Trial) -> None:
     trial.same_bits(trial.call(model, x), before, "outputs after the first is activated again")
 
 
+@spec(
+    "several/saved-modules-of-their-own",
+    claim="Two adapters with the same modules to save MUST have a copy each, which starts as the base's.",
+    why="A head that two tasks share is trained by both, and right for neither.",
+    source=(
+        "DESIGN.md, multi_adapter: `add` changes nothing of the others",
+        "BUGS 52, 96",
+        "https://github.com/huggingface/peft/pull/1615",
+    ),
+    needs=("several/switch-saved-modules",),
+    features=("multi_adapter", "modules_to_save"),
+    cases=(Case(specimen="stack"),),
+    more_cases=(Case(specimen="tiny"),),
+)
+def saved_modules_of_their_own(trial: Trial) -> None:
+    """Judge outputs of a fresh second adapter, and of the first once the second's head was trained."""
+    x = trial.inputs()
+    model, bare = _with_trained_head(trial, x)
+    before = trial.call(model, x)
+    adapter: Any = trial.adapter
+    adapter.add(model, "second", trial.config(modules_to_save=("lm_head",)))
+    activate(trial, model, "second")
+    trial.same_bits(trial.call(model, x), bare, "outputs of a fresh adapter with a head of its own")
+    _train_head(trial, model, x)
+    activate(trial, model, "default")
+
+    trial.same_bits(trial.call(model, x), before, "outputs of the first, the other's head trained")
+
+
 def _with_trained_head(trial: Trial, given: Any) -> tuple[nn.Module, Tensor]:
-    """A model whose head was trained whole, and the base's outputs; the head makes a difference."""
+    """A model whose head was trained whole, and the base's outputs."""
+    base = trial.base()
+    bare = trial.call(base, given)
+    model = trial.inject(base, trial.config(modules_to_save=("lm_head",)))
+    _train_head(trial, model, given)
+    return model, bare
+
+
+def _train_head(trial: Trial, model: nn.Module, given: Any) -> None:
+    """One step of the active adapter's head, which makes a difference."""
     import torch
 
     from harness import specimen, storage
 
-    base = trial.base()
-    bare = trial.call(base, given)
-    model = trial.inject(base, trial.config(modules_to_save=("lm_head",)))
     fresh = trial.call(model, given)
     model.train()
     ours = storage.elements(storage.handles(trial.factors(model)))
@@ -177,7 +212,6 @@ def _with_trained_head(trial: Trial, given: Any) -> tuple[nn.Module, Tensor]:
     trial.unmerged(model)
     if torch.equal(trial.call(model, given), fresh):
         fail("no-effect", expected="a trained lm_head to change the outputs", actual="none changed")
-    return model, bare
 
 
 @spec(

@@ -203,12 +203,12 @@ def second_injection_is_loud_or_equal(trial: Trial) -> None:
 
 @spec(
     "targeting/arguments-unchanged",
-    claim="Injecting and loading MUST leave the configuration and the checkpoint given to them as "
-    "they were.",
+    claim="Injecting, adding and loading MUST leave the configuration and the checkpoint given to them "
+    "as they were.",
     why="A configuration is used for more than one model, and a checkpoint for more than one load.",
     source=("BUGS 36", "https://github.com/huggingface/peft/issues/654"),
     needs=("targeting/exact-coverage",),
-    cases=(Case(), Case(specimen="fused"), Case(specimen="stack")),
+    cases=(Case(), Case(specimen="fused"), Case(specimen="stack"), Case(way="add")),
 )
 def arguments_unchanged(trial: Trial) -> None:
     """Judge the arguments after the calls."""
@@ -216,7 +216,16 @@ def arguments_unchanged(trial: Trial) -> None:
 
     given = trial.config()
     kept = copy.deepcopy(given)
-    model = trial.inject(config=given)
+    if trial.case.way == "add":
+        if not trial.claims("multi_adapter"):
+            trial.notes.append("multi_adapter is not claimed")
+            return
+        # Other settings than the first adapter's, which must not find their way into it.
+        given, kept = (trial.config(r=5, lora_alpha=2.0) for _ in range(2))
+        model = trial.inject()
+        trial.adapter.add(model, "second", given)  # type: ignore[attr-defined]  # the feature brings it
+    else:
+        model = trial.inject(config=given)
     if given != kept:
         fail("state", expected=f"the configuration as it was, {kept}", actual=f"{given}")
 

@@ -105,6 +105,54 @@ def checkpointing_same_update(trial: Trial) -> None:
 
 
 @spec(
+    "training/checkpointing-same-masks",
+    claim="A checkpoint that is computed again MUST drop what it dropped the first time.",
+    why="The gradient is then that of another network than the one whose loss was taken: noise, at "
+    "every step, that no log shows.",
+    source=(
+        "BUGS 118",
+        "https://docs.pytorch.org/docs/stable/checkpoint.html, preserve_rng_state",
+    ),
+    needs=("training/checkpointing-same-update", "forward/dropout-on-in-train"),
+    features=("gradient_checkpointing", "dropout"),
+    cases=(Case(specimen="tiny", way="reentrant", dropout=0.4),),
+    more_cases=(
+        Case(specimen="tiny", dropout=0.4),
+        Case(specimen="tiny-gqa", way="reentrant", dropout=0.4),
+    ),
+)
+def checkpointing_same_masks(trial: Trial) -> None:
+    """Judge the update of a step with checkpointing against one without, from the same seed."""
+    import torch
+
+    from harness import descent, tolerance
+    from harness.trial import seed_all
+
+    given, ends, losses = _given(trial), [], []
+    kind = {"use_reentrant": trial.case.way == "reentrant"}
+    for checkpointed in (False, True):
+        base: Any = trial.base()
+        if checkpointed:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
+        model = trial.adapted(base)
+        before = trial.snapshot(model)
+        seed_all(trial.case.seed)
+        losses.append(_step(model, given, ""))
+        ends.append(trial.snapshot(model))
+    if losses[0] != losses[1]:
+        trial.notes.append("with checkpointing, other masks are drawn from the same seed")
+        return
+    truth = trial.descent(before, given, lr=RATE, dtype=torch.float64)
+    rough = trial.descent(before, given, lr=RATE, dtype=trial.dtype)
+    # Dropout is in neither: they tell how far rounding alone takes an update of this model.
+    for name, (start, end, goal, exact, stray) in descent.pairs(before, *ends[::-1], truth, rough):
+        budget = tolerance.updates(
+            stray - exact, goal - start, end, dtype=trial.dtype, factor_dtype=trial.factor_dtype
+        )
+        trial.close(end - start, goal - start, budget, f"the change of {name}")
+
+
+@spec(
     "training/same-trajectory-as-reference",
     claim="From the same factors, losses and updates of several SGD steps MUST follow those of LoRA "
     "written out as its equation.",
@@ -240,8 +288,7 @@ def _step(model: nn.Module, given: Any, way: str, *, rate: float = RATE) -> floa
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
     batches = descent.samples(given) if way else [given]
-    with torch.no_grad():
-        targets = descent.terms(specimen.call(model, given), given)[1]
+    targets = descent.targets(lambda batch: specimen.call(model, batch), given)
     sums = []
     for k, batch in enumerate(batches):
         part = descent.terms(specimen.call(model, batch), batch, first=k)[0] / targets
@@ -270,13 +317,11 @@ def _run(model: nn.Module, given: Any, optimizer: Any, *, steps: int = 2) -> Non
 
 def _follows(trial: Trial, model: nn.Module, before: Snapshot, given: Any) -> None:
     """One SGD step went where the equation's gradient points."""
-    from harness import descent, specimen
+    import torch
 
-    base = specimen.pristine(trial.case)
-    truth = descent.Equation(base, before).descend(given, lr=RATE)
-    rough = descent.Equation(base, before, trial.dtype).descend(given, lr=RATE)
-    after = trial.snapshot(model)
-    _compare(trial, before, after, truth.factors[-1], rough.factors[-1], steps=1)
+    truth = trial.descent(before, given, lr=RATE, dtype=torch.float64)
+    rough = trial.descent(before, given, lr=RATE, dtype=trial.dtype)
+    _compare(trial, before, trial.snapshot(model), truth, rough, steps=1)
 
 
 def _compare(

@@ -36,7 +36,7 @@ class Branch(nn.Module):
         super().__init__()
         self.rows = rows
         self.scaling = self.scale(config)
-        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.dropout = dropout_of(config.lora_dropout)
         n_in, n_out = self.sizes(base)
         like: dict[str, Any] = {"dtype": factor_dtype(base), "device": base.weight.device}
         self.lora_A = nn.Parameter(torch.empty(config.r, n_in, **like))
@@ -83,6 +83,11 @@ class Branch(nn.Module):
     def bias_delta(self) -> Tensor | None:
         """What merging adds to the base's bias; None without `lora_bias`."""
         return None if self.lora_bias is None else self.scaling * self.lora_bias
+
+
+def dropout_of(p: float) -> nn.Module:
+    """Dropout, or nothing where that would drop nothing."""
+    return nn.Dropout(p) if p else nn.Identity()
 
 
 class EmbeddingBranch(Branch):

@@ -22,7 +22,7 @@ from harness._version import __version__
 from harness.adapter import Capabilities, Factors, Feature, LoraConfig, load_exactly, matches
 from harness.adapters import combination, settings
 from harness.adapters.equation import Branch, ConvBranch, EmbeddingBranch
-from harness.adapters.wrapped import Adapted, Whole, bare, swap
+from harness.adapters.wrapped import Adapted, Whole, bare, swap, walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -222,6 +222,8 @@ class Reference:
 
     def whole_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """The tensors of the active copies, by their names in the base."""
+        if not self.config(model).modules_to_save:
+            return {}
         return {
             f"{path}.{key}": tensor
             for path, module in model.named_modules()
@@ -248,11 +250,11 @@ class Reference:
 
     def layers(self, model: nn.Module) -> dict[str, Adapted]:
         """The adapted layers, by path."""
-        return {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}
+        return {path: m for path, m in walk(model) if isinstance(m, Adapted)}
 
     def wrappers(self, model: nn.Module) -> list[Adapted | Whole]:
         """Everything that stands in a base module's place."""
-        return [module for module in model.modules() if isinstance(module, Adapted | Whole)]
+        return [module for _, module in walk(model) if isinstance(module, Adapted | Whole)]
 
     def state(self, model: nn.Module) -> State:
         """What the model remembers; ValueError where it has no adapter."""

@@ -1,20 +1,19 @@
-"""Adapters that mix up, forget or leak when there is more than one, or none."""
+"""Adapters that mix up or leak when there is more than one."""
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from harness.adapter import load_exactly
+from harness.adapters import settings
+from harness.adapters.equation import dropout_of
 from harness.adapters.reference import Reference
-from harness.adapters.wrapped import Adapted, Whole
+from harness.adapters.wrapped import Adapted
 from harness.faults.record import fault
 from harness.faults.wrong import layer, wrong
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 SETTINGS = "several/other-settings"
 ISOLATION = "several/isolation"
-COMBINATION = "several/combination"
 
 
 @fault(
@@ -208,187 +206,28 @@ def unknown_names_are_ignored() -> Adapter:
 
 
 @fault(
-    sin="Deleting forgets the name and leaves the parameters on the model.",
-    killed_by="several/delete",
-    replays=("140",),
-    varies="parameters after deleting",
+    sin="Adding an adapter gives its dropout to all others.",
+    killed_by="several/dropout-of-its-own",
+    varies="a second adapter with another dropout",
 )
-def deleting_leaves_the_parameters() -> Adapter:
-    def delete(self: Any, model: nn.Module, name: str) -> None:
-        self.require_adapter(model, name)
-        del self.state(model).configs[name], self.state(model).trainable[name]
-
-    return wrong(delete=delete)
-
-
-@fault(
-    sin="Something keeps the modules of a deleted adapter.",
-    killed_by="several/deleted-is-freed",
-    replays=("140",),
-    varies="references after deleting",
-)
-def deleted_adapters_are_kept() -> Adapter:
-    kept: list[Any] = []
-
-    def delete(self: Any, model: nn.Module, name: str) -> None:
-        kept.extend(adapted.of(name) for adapted in self.layers(model).values())
-        Reference.delete(self, model, name)
-
-    return wrong(delete=delete)
-
-
-@fault(
-    sin="Activating another adapter leaves the merged one's update in the weights.",
-    killed_by="several/while-merged",
-    replays=("42",),
-    varies="activating while merged",
-)
-def activating_leaves_what_is_merged() -> Adapter:
-    def require_unmerged(self: Any, model: nn.Module, verb: str) -> None:
-        if verb != "activate":
-            Reference.require_unmerged(self, model, verb)
-
-    return wrong(require_unmerged=require_unmerged)
-
-
-@fault(
-    sin="`disable` reaches the first layer alone.",
-    killed_by="several/disabled-equals-base",
-    varies="more than one layer",
-)
-def disables_the_first_layer_only() -> Adapter:
-    @contextmanager
-    def disable(self: Any, model: nn.Module) -> Iterator[None]:
-        first = self.wrappers(model)[0]
-        first.enabled = False
-        try:
-            yield
-        finally:
-            first.enabled = True
-
-    return wrong(disable=disable)
-
-
-@fault(
-    sin="Inside `disable`, modules that were trained whole go on acting.",
-    killed_by="several/disabled-leaves-saved-modules-out",
-    replays=("95",),
-    varies="modules_to_save",
-)
-def disable_leaves_saved_modules_on() -> Adapter:
-    @contextmanager
-    def disable(self: Any, model: nn.Module) -> Iterator[None]:
-        with Reference.disable(self, model):
-            for wrapper in self.wrappers(model):
-                wrapper.enabled = isinstance(wrapper, Whole)
-            yield
-
-    return wrong(disable=disable)
-
-
-@fault(
-    sin="Activating an adapter without saved modules of its own raises.",
-    killed_by="several/switch-saved-modules",
-    replays=("96",),
-    varies="modules_to_save of one adapter only",
-)
-def switching_needs_saved_modules() -> Adapter:
-    def activate(self: Any, model: nn.Module, name: str) -> None:
-        for wrapper in self.wrappers(model):
-            if isinstance(wrapper, Whole):
-                wrapper.adapters[name]  # raises KeyError
-        Reference.activate(self, model, name)
-
-    return wrong(activate=activate)
-
-
-@fault(
-    sin="Inside `disable` trained biases act, and nothing is said.",
-    killed_by="several/disabled-tells-of-biases",
-    replays=("129",),
-    varies="bias other than none",
-)
-def disable_keeps_biases_silently() -> Adapter:
-    @contextmanager
-    def disable(self: Any, model: nn.Module) -> Iterator[None]:
-        context = Reference.disable(self, model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            context.__enter__()
-        try:
-            yield
-        finally:
-            context.__exit__(None, None, None)
-
-    return wrong(disable=disable)
-
-
-def combining(change: Any) -> Adapter:
-    """A reference whose `combine` is given `change(names, weights)`."""
-
-    def combine(self: Any, model: Any, names: Any, weights: Any, new_name: str) -> None:
-        names, weights = change(names, weights)
-        Reference.combine(self, model, names, weights, new_name)
-
-    return wrong(combine=combine)
-
-
-@fault(
-    sin="The weights of a combination are computed and thrown away.",
-    killed_by=COMBINATION,
-    replays=("33",),
-    varies="weights other than one",
-)
-def combination_discards_the_weights() -> Adapter:
-    return combining(lambda names, weights: (names, [1.0 for _ in weights]))
-
-
-@fault(
-    sin="A combination holds its last adapter only.",
-    killed_by=COMBINATION,
-    replays=("P-18",),
-    varies="two adapters",
-)
-def combination_keeps_the_last_only() -> Adapter:
-    return combining(lambda names, weights: (names[-1:], weights[-1:]))
-
-
-@fault(
-    sin="A negative weight counts as a positive one.",
-    killed_by=COMBINATION,
-    varies="negative weights",
-)
-def combination_loses_the_sign() -> Adapter:
-    return combining(lambda names, weights: (names, [abs(weight) for weight in weights]))
-
-
-@fault(
-    sin="A combination has room for one rank: what is beyond is cut off.",
-    killed_by=COMBINATION,
-    replays=("35",),
-    varies="adapters of other ranks",
-)
-def combination_is_cut_to_one_rank() -> Adapter:
-    def combine(self: Any, model: Any, names: Any, weights: Any, new_name: str) -> None:
-        Reference.combine(self, model, names, weights, new_name)
-        room = max(self.state(model).configs[name].r for name in names)
+def adding_gives_all_its_dropout() -> Adapter:
+    def add(self: Any, model: nn.Module, name: str, config: Any, *, trainable: bool = True) -> None:
+        Reference.add(self, model, name, config, trainable=trainable)
         for adapted in self.layers(model).values():
-            for branch in adapted.of(new_name):
-                branch.lora_A.data[room:] = 0
+            for branches in adapted.adapters.values():
+                for branch in branches:
+                    branch.dropout = dropout_of(config.lora_dropout)
 
-    return wrong(combine=combine)
+    return wrong(add=add)
 
 
 @fault(
-    sin="Combining writes its own alpha into the settings of its first source.",
-    killed_by="several/combination-leaves-its-sources",
-    replays=("36",),
-    varies="saving a source after it was combined",
+    sin="`save` writes the values of the adapter that acts beside the settings of the first.",
+    killed_by="several/saves-one-adapter",
+    varies="saving a second adapter of another alpha",
 )
-def combining_writes_into_its_source() -> Adapter:
-    def combine(self: Any, model: Any, names: Any, weights: Any, new_name: str) -> None:
-        Reference.combine(self, model, names, weights, new_name)
-        configs = self.state(model).configs
-        configs[names[0]] = dataclasses.replace(configs[names[0]], lora_alpha=weights[0])
+def saves_with_the_first_settings() -> Adapter:
+    def save(self: Any, model: nn.Module, directory: Path) -> None:
+        settings.write(directory, self.state(model).configs["default"], self.state_dict(model))
 
-    return wrong(combine=combine)
+    return wrong(save=save)

@@ -249,6 +249,24 @@ def writes_into_the_configuration() -> Adapter:
 
 
 @fault(
+    sin="Adding an adapter writes the first one's rank into the configuration it was given.",
+    killed_by="targeting/arguments-unchanged",
+    replays=("36",),
+    varies="the configuration of a second adapter",
+)
+def adding_writes_into_the_configuration() -> Adapter:
+    """What is added is right; the next model that is given this configuration is not."""
+
+    def add(
+        self: Any, model: Any, name: str, config: LoraConfig, *, trainable: bool = True
+    ) -> None:
+        Reference.add(self, model, name, config, trainable=trainable)
+        object.__setattr__(config, "r", self.state(model).configs["default"].r)
+
+    return wrong(add=add)
+
+
+@fault(
     sin="Loading replaces the tensors of the checkpoint it was given.",
     killed_by="targeting/arguments-unchanged",
     varies="one checkpoint for two loads",

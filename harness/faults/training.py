@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from harness.adapters.equation import Branch
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
 from harness.faults.record import fault
-from harness.faults.wrong import after_injection, findable, named, wrong
+from harness.faults.wrong import after_injection, named, wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -216,6 +217,27 @@ def reuses_what_a_checkpoint_computed() -> Adapter:
 
 
 @fault(
+    sin="Masks are drawn by a generator of the layer's own, which no checkpoint sets back.",
+    killed_by="training/checkpointing-same-masks",
+    replays=("118",),
+    varies="dropout under checkpointing",
+)
+def recomputes_with_other_masks() -> Adapter:
+    def drop(self: Any, x: Tensor) -> Tensor:
+        if not self.training or isinstance(self.dropout, nn.Identity):
+            return Branch.drop(self, x)
+        if not hasattr(self, "seeds"):
+            self.seeds = count()
+        mask = torch.empty(x.shape).bernoulli_(
+            1 - self.dropout.p, generator=torch.Generator().manual_seed(next(self.seeds))
+        )
+        kept: Tensor = x.to(self.lora_A.dtype) * mask / (1 - self.dropout.p)
+        return kept
+
+    return wrong(branches=linear(drop=drop))
+
+
+@fault(
     sin="A stops training once an optimizer has stepped.",
     killed_by="training/same-trajectory-as-reference",
     varies="several steps",
@@ -248,85 +270,3 @@ def loading_makes_new_parameters() -> Adapter:
                     setattr(branch, name, nn.Parameter(old.detach().clone(), old.requires_grad))
 
     return wrong(load_state_dict=load_state_dict)
-
-
-def with_forward(wrap: Callable[[Any, Any, Any], Any]) -> Reference:
-    """A reference whose adapted Phi-3 is called through `wrap(adapter, model, forward)`."""
-
-    def act(adapter: Any, model: Any) -> None:
-        if hasattr(model, "config"):
-            model.forward = wrap(adapter, model, model.forward)
-
-    return after_injection(act)
-
-
-@fault(
-    sin="The model takes the number of labels in the whole batch, and drops it.",
-    killed_by="training/trainer-update",
-    replays=("114",),
-    varies="accumulation by the Trainer",
-)
-def drops_the_number_of_labels() -> Adapter:
-    def wrap(adapter: Any, model: Any, forward: Any) -> Any:  # noqa: ARG001
-        def called(*args: Any, **kwargs: Any) -> Any:
-            kwargs.pop("num_items_in_batch", None)
-            return forward(*args, **kwargs)
-
-        return called
-
-    return with_forward(wrap)
-
-
-@fault(
-    sin="The model says that it takes no number of labels: updates are means of means.",
-    killed_by="training/trainer-update",
-    replays=("116",),
-    varies="uneven label counts",
-)
-def takes_no_number_of_labels() -> Adapter:
-    def act(adapter: Any, model: Any) -> None:  # noqa: ARG001
-        if hasattr(model, "config"):
-            model.accepts_loss_kwargs = False
-
-    return after_injection(act)
-
-
-@fault(
-    sin="Factors lie in a module called after a norm's bias, which the Trainer does not decay.",
-    killed_by="training/trainer-decays-every-factor",
-    replays=("111",),
-    varies="the Trainer's own optimizer",
-)
-def factors_are_named_after_a_bias() -> Adapter:
-    class Renamed(Adapted):
-        def __init__(self, base: nn.Module) -> None:
-            super().__init__(base)
-            self.lora_bias_norm = self._modules.pop("adapters")
-
-        def __getattr__(self, name: str) -> Any:
-            return super().__getattr__("lora_bias_norm" if name == "adapters" else name)
-
-    return wrong(layer=findable(Renamed))
-
-
-@fault(
-    sin="Under checkpoints and with a mask, as trainers call it, the body's output has no graph.",
-    killed_by="training/sft-trainer-checkpointing",
-    replays=("102",),
-    varies="SFTTrainer with gradient checkpointing",
-)
-def masked_checkpoints_lose_the_graph() -> Adapter:
-    def act(adapter: Any, model: Any) -> None:  # noqa: ARG001
-        if not hasattr(model, "config"):
-            return
-        forward = model.model.forward
-
-        def called(*args: Any, **kwargs: Any) -> Any:
-            out = forward(*args, **kwargs)
-            if model.is_gradient_checkpointing and kwargs.get("attention_mask") is not None:
-                out.last_hidden_state = out.last_hidden_state.detach()
-            return out
-
-        model.model.forward = called
-
-    return after_injection(act)

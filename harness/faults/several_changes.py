@@ -1,0 +1,148 @@
+"""Adapters that forget what was deleted, merged or combined."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from harness.adapters.reference import Reference
+from harness.faults.record import fault
+from harness.faults.wrong import wrong
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from harness.adapter import Adapter
+
+COMBINATION = "several/combination"
+
+
+@fault(
+    sin="Deleting forgets the name and leaves the parameters on the model.",
+    killed_by="several/delete",
+    replays=("140",),
+    varies="parameters after deleting",
+)
+def deleting_leaves_the_parameters() -> Adapter:
+    def delete(self: Any, model: nn.Module, name: str) -> None:
+        self.require_adapter(model, name)
+        del self.state(model).configs[name], self.state(model).trainable[name]
+
+    return wrong(delete=delete)
+
+
+@fault(
+    sin="Something keeps the modules of a deleted adapter.",
+    killed_by="several/deleted-is-freed",
+    replays=("140",),
+    varies="references after deleting",
+)
+def deleted_adapters_are_kept() -> Adapter:
+    kept: list[Any] = []
+
+    def delete(self: Any, model: nn.Module, name: str) -> None:
+        kept.extend(adapted.of(name) for adapted in self.layers(model).values())
+        Reference.delete(self, model, name)
+
+    return wrong(delete=delete)
+
+
+@fault(
+    sin="Activating another adapter leaves the merged one's update in the weights.",
+    killed_by="several/while-merged",
+    replays=("42",),
+    varies="activating while merged",
+)
+def activating_leaves_what_is_merged() -> Adapter:
+    def require_unmerged(self: Any, model: nn.Module, verb: str) -> None:
+        if verb != "activate":
+            Reference.require_unmerged(self, model, verb)
+
+    return wrong(require_unmerged=require_unmerged)
+
+
+def combining(change: Any) -> Adapter:
+    """A reference whose `combine` is given `change(names, weights)`."""
+
+    def combine(self: Any, model: Any, names: Any, weights: Any, new_name: str) -> None:
+        names, weights = change(names, weights)
+        Reference.combine(self, model, names, weights, new_name)
+
+    return wrong(combine=combine)
+
+
+@fault(
+    sin="The weights of a combination are computed and thrown away.",
+    killed_by=COMBINATION,
+    replays=("33",),
+    varies="weights other than one",
+)
+def combination_discards_the_weights() -> Adapter:
+    return combining(lambda names, weights: (names, [1.0 for _ in weights]))
+
+
+@fault(
+    sin="A combination holds its last adapter only.",
+    killed_by=COMBINATION,
+    replays=("P-18",),
+    varies="two adapters",
+)
+def combination_keeps_the_last_only() -> Adapter:
+    return combining(lambda names, weights: (names[-1:], weights[-1:]))
+
+
+@fault(
+    sin="A negative weight counts as a positive one.",
+    killed_by=COMBINATION,
+    varies="negative weights",
+)
+def combination_loses_the_sign() -> Adapter:
+    return combining(lambda names, weights: (names, [abs(weight) for weight in weights]))
+
+
+@fault(
+    sin="A combination has room for one rank: what is beyond is cut off.",
+    killed_by=COMBINATION,
+    replays=("35",),
+    varies="adapters of other ranks",
+)
+def combination_is_cut_to_one_rank() -> Adapter:
+    def combine(self: Any, model: Any, names: Any, weights: Any, new_name: str) -> None:
+        Reference.combine(self, model, names, weights, new_name)
+        room = max(self.state(model).configs[name].r for name in names)
+        for adapted in self.layers(model).values():
+            for branch in adapted.of(new_name):
+                branch.lora_A.data[room:] = 0
+
+    return wrong(combine=combine)
+
+
+@fault(
+    sin="Combining writes its own alpha into the settings of its first source.",
+    killed_by="several/combination-leaves-its-sources",
+    replays=("36",),
+    varies="saving a source after it was combined",
+)
+def combining_writes_into_its_source() -> Adapter:
+    def combine(self: Any, model: Any, names: Any, weights: Any, new_name: str) -> None:
+        Reference.combine(self, model, names, weights, new_name)
+        configs = self.state(model).configs
+        configs[names[0]] = dataclasses.replace(configs[names[0]], lora_alpha=weights[0])
+
+    return wrong(combine=combine)
+
+
+@fault(
+    sin="A combination of one adapter, at weight one, is that adapter under another name.",
+    killed_by="several/combination-leaves-its-sources",
+    varies="a combination of one, that is written to",
+)
+def combination_of_one_is_its_source() -> Adapter:
+    def combine(self: Any, model: Any, names: Any, weights: Any, new_name: str) -> None:
+        Reference.combine(self, model, names, weights, new_name)
+        if weights == [1.0]:
+            for adapted in self.layers(model).values():
+                for new, old in zip(adapted.of(new_name), adapted.of(names[0]), strict=True):
+                    new.lora_A, new.lora_B, new.scaling = old.lora_A, old.lora_B, old.scaling
+
+    return wrong(combine=combine)

@@ -1,0 +1,104 @@
+"""Adapters whose base, or whose modules trained whole, are not what they should be."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from harness.adapters.reference import Reference
+from harness.adapters.wrapped import Whole
+from harness.faults.record import fault
+from harness.faults.wrong import named, wrong
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    from harness.adapter import Adapter
+
+
+@fault(
+    sin="`disable` reaches the first layer alone.",
+    killed_by="several/disabled-equals-base",
+    varies="more than one layer",
+)
+def disables_the_first_layer_only() -> Adapter:
+    @contextmanager
+    def disable(self: Any, model: nn.Module) -> Iterator[None]:
+        first = self.wrappers(model)[0]
+        first.enabled = False
+        try:
+            yield
+        finally:
+            first.enabled = True
+
+    return wrong(disable=disable)
+
+
+@fault(
+    sin="Inside `disable`, modules that were trained whole go on acting.",
+    killed_by="several/disabled-leaves-saved-modules-out",
+    replays=("95",),
+    varies="modules_to_save",
+)
+def disable_leaves_saved_modules_on() -> Adapter:
+    @contextmanager
+    def disable(self: Any, model: nn.Module) -> Iterator[None]:
+        with Reference.disable(self, model):
+            for wrapper in self.wrappers(model):
+                wrapper.enabled = isinstance(wrapper, Whole)
+            yield
+
+    return wrong(disable=disable)
+
+
+@fault(
+    sin="Activating an adapter without saved modules of its own raises.",
+    killed_by="several/switch-saved-modules",
+    replays=("96",),
+    varies="modules_to_save of one adapter only",
+)
+def switching_needs_saved_modules() -> Adapter:
+    def activate(self: Any, model: nn.Module, name: str) -> None:
+        for wrapper in self.wrappers(model):
+            if isinstance(wrapper, Whole):
+                wrapper.adapters[name]  # raises KeyError
+        Reference.activate(self, model, name)
+
+    return wrong(activate=activate)
+
+
+@fault(
+    sin="Inside `disable` trained biases act, and nothing is said.",
+    killed_by="several/disabled-tells-of-biases",
+    replays=("129",),
+    varies="bias other than none",
+)
+def disable_keeps_biases_silently() -> Adapter:
+    @contextmanager
+    def disable(self: Any, model: nn.Module) -> Iterator[None]:
+        context = Reference.disable(self, model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            context.__enter__()
+        try:
+            yield
+        finally:
+            context.__exit__(None, None, None)
+
+    return wrong(disable=disable)
+
+
+@fault(
+    sin="Adapters with the same modules to save share one copy.",
+    killed_by="several/saved-modules-of-their-own",
+    varies="modules_to_save of two adapters",
+)
+def adapters_share_their_saved_modules() -> Adapter:
+    def copy_for(self: Any, adapter: str) -> None:
+        Whole.copy_for(self, adapter)
+        self.adapters[adapter] = next(iter(self.adapters.values()))
+
+    return wrong(whole=named(Whole, {"copy_for": copy_for}))

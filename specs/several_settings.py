@@ -1,0 +1,156 @@
+"""Several adapters on one base, each with settings, dropout and saved modules of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from harness.case import Case
+from harness.failure import fail
+from harness.spec import spec
+from harness.specs.several import DESIGN, activate
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from harness.adapter import LoraConfig
+    from harness.trial import Trial
+
+
+@spec(
+    "several/other-settings",
+    claim="A second adapter with another rank, alpha and targets MUST act by its own settings.",
+    why="Adapters are trained apart, each with settings of its own.",
+    source=(
+        DESIGN,
+        "BUGS 35, 81, 85, 104",
+        "https://github.com/huggingface/peft/pull/1111",
+        "https://github.com/huggingface/peft/pull/2539",
+    ),
+    needs=("several/switch", "targeting/exact-coverage", "forward/scaling"),
+    features=("multi_adapter",),
+    cases=(
+        Case(specimen="stack", way="names"),
+        Case(specimen="stack", way="all-linear"),
+        Case(specimen="stack", way="fewer"),
+    ),
+    more_cases=(Case(specimen="tiny", way="all-linear"),),
+)
+def other_settings(trial: Trial) -> None:
+    """Judge which modules the second adapts, its scaling, and its outputs."""
+    from harness import tolerance
+
+    base, x = trial.base(), trial.inputs()
+    second = _second_config(trial)
+    model = trial.adapted(base)
+    alone = trial.call(model, x)
+    adapter: Any = trial.adapter
+    adapter.add(model, "second", second)
+    activate(trial, model, "second")
+    factors = trial.randomize(model, seed=1)
+    base = trial.base()
+    wanted = set(second.targets(base))
+    if set(factors) != wanted:
+        missing, extra = sorted(wanted - set(factors)), sorted(set(factors) - wanted)
+        fail(
+            "names",
+            expected=f"the second adapter on its own {len(wanted)} targets",
+            actual=f"missing {missing[:3]}, extra {extra[:3]}",
+        )
+    for name, parts in factors.items():
+        for f in parts:
+            allowed = tolerance.setting(second.scaling)
+            trial.close(number(f.scaling), number(second.scaling), allowed, f"scaling of {name}")
+            if len(f.A) != second.r:
+                fail("count", expected=f"rank {second.r}", actual=f"{len(f.A)}", where=name)
+    truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
+    trial.close(trial.call(model, x), truth, budget, "output of the second adapter")
+    activate(trial, model, "default")
+
+    trial.same_bits(trial.call(model, x), alone, "outputs after the first is activated again")
+
+
+def _second_config(trial: Trial) -> LoraConfig:
+    targets: Any = {
+        "names": ("foo", "foobar", "weight_proj"),
+        "all-linear": "all-linear",
+        "fewer": ("v_proj",),
+    }[trial.case.way]
+    return trial.config(r=5, lora_alpha=2.0, target_modules=targets)
+
+
+def number(value: float) -> Tensor:
+    """A number as a tensor, to compare it as one."""
+    import torch
+
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@spec(
+    "several/dropout-of-its-own",
+    claim="Each adapter MUST drop by the lora_dropout that it was made with, whatever is added beside it.",
+    why="A run that goes on with another's dropout is regularised as nobody asked, and shows no sign of "
+    "it in eval mode.",
+    source=(DESIGN, "BUGS 117", "https://github.com/meta-pytorch/torchtune/issues/995"),
+    needs=("several/switch", "forward/dropout-on-in-train", "forward/dropout-off-in-eval"),
+    features=("multi_adapter", "dropout"),
+    cases=(Case(way="first-drops", dropout=0.5), Case(way="second-drops", dropout=0.5)),
+)
+def dropout_of_its_own(trial: Trial) -> None:
+    """One adapter drops and the other does not: judge both in train mode, before and after the other."""
+    p = trial.case.dropout
+    first, second = (p, 0.0) if trial.case.way == "first-drops" else (0.0, p)
+    model = trial.adapted(config=trial.config(lora_dropout=first))
+    adapter: Any = trial.adapter
+    adapter.add(model, "second", trial.config(lora_dropout=second))
+    _drops(trial, model, first, "the first, after a second is added")
+    activate(trial, model, "second")
+    trial.randomize(model, seed=1)
+    _drops(trial, model, second, "the second")
+    activate(trial, model, "default")
+    _drops(trial, model, first, "the first, activated again")
+
+
+def _drops(trial: Trial, model: nn.Module, p: float, which: str) -> None:
+    """Without dropout two calls in train mode agree; with it, on many inputs, they cannot."""
+    x = trial.inputs()
+    model.train()
+    one, other = trial.call(model, x), trial.call(model, x)
+    trial.unmerged(model)
+    if one.equal(other) is bool(p):
+        fail(
+            "state",
+            expected=f"{which} to drop by its own lora_dropout, {p:g}",
+            actual=f"two calls in train mode {'agree, bit for bit' if p else 'differ'}",
+        )
+
+
+@spec(
+    "several/saves-one-adapter",
+    claim="While a second adapter acts, `save` MUST write one adapter whole, its values with its own "
+    "settings.",
+    why="Values of one under the alpha of another load without a word, as an adapter that nobody trained.",
+    source=(DESIGN, "DESIGN.md, save: factors, scaling and settings restored"),
+    needs=("several/other-settings", "checkpoint/save-restores-settings"),
+    features=("multi_adapter", "save"),
+    cases=(Case(), Case(way="rank")),
+)
+def saves_one_adapter(trial: Trial) -> None:
+    """Load what was saved into a bare base: its outputs are those of one of the two adapters."""
+    x, folder = trial.inputs(), trial.folder()
+    model = trial.adapted()
+    first = trial.call(model, x)
+    adapter: Any = trial.adapter
+    rank = trial.case.r + (2 if trial.case.way == "rank" else 0)
+    adapter.add(model, "second", trial.config(r=rank, lora_alpha=3 * trial.case.alpha))
+    activate(trial, model, "second")
+    trial.randomize(model, seed=1)
+    second = trial.call(model, x)
+    adapter.save(model, folder)
+    loaded = adapter.load(trial.base(), folder)
+    trial.unmerged(loaded)
+    found = trial.call(loaded, x)
+    if found.equal(first):  # that the one which acts is meant is said of state_dict, not of save
+        trial.notes.append("`save` writes the first adapter, while the second acts")
+        return
+
+    trial.same_bits(found, second, "outputs of the adapter that acted, saved and loaded")
