@@ -29,6 +29,10 @@ AT_WORK = 0.02
 """The part of a core below which a process is said to wait for something that does not come."""
 
 
+AT_ONCE = 1.0
+"""Seconds within which an answer most often comes."""
+
+
 class _Process(Protocol):
     """What a session needs of a process, spawned or forked."""
 
@@ -224,14 +228,19 @@ class Session:
         limit to be given that much: it is let go on while it computes, up to `STARVED` times as long.
         """
         assert self._process is not None
+        # Most answers are here at once: what the process computes is asked only of those that are not.
+        first = min(limit, AT_ONCE)
+        with contextlib.suppress(queue.Empty):
+            return self._lines.get(timeout=first)
         started = _cpu_seconds(self._process.pid)
         for round_ in range(STARVED):
             before = _cpu_seconds(self._process.pid)
+            wait = limit - first if round_ == 0 else limit
             try:
-                return self._lines.get(timeout=limit)
+                return self._lines.get(timeout=wait)
             except queue.Empty:
                 now = _cpu_seconds(self._process.pid)
-                idle = now - before < AT_WORK * limit
+                idle = now - before < AT_WORK * wait
                 if idle or now - started >= limit or round_ == STARVED - 1:
                     raise
         raise queue.Empty

@@ -3,8 +3,7 @@
     merge      W ← W + ΔW, rounded once to the dtype of W
     unmerge    W ← W again, within the roundings of going in and coming out
 
-A merged layer is judged by function: on one-hot inputs its outputs are the entries of its weight,
-with no rounding. Where the implementation offers `base_weight`, that is judged as well.
+Where the weight lies is the implementation's affair: it is read off by `harness.one_layer`.
 """
 
 from __future__ import annotations
@@ -12,16 +11,13 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+from harness import one_layer
 from harness.case import Case
-from harness.failure import fail
 from harness.spec import spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor, nn
-
-    from harness.oracle import Snapshot
     from harness.trial import Trial
 
 PAPER = "LoRA, section 4.1: no added latency when merged, https://arxiv.org/abs/2106.09685"
@@ -39,135 +35,10 @@ EACH_LAYER = (
 )
 
 
-# -- one layer, by function ------------------------------------------------------------------------
-
-
-def _layer(trial: Trial) -> nn.Module:
-    """The base with its bias set to zero, so that a one-hot input shows an entry of W as it is."""
-    base = trial.base()
-    proj: Any = base.proj
-    if getattr(proj, "bias", None) is not None:
-        proj.bias.detach().zero_()
-    return base
-
-
-def _weight(base: nn.Module) -> Tensor:
-    """W of the one layer, float64."""
-    proj: Any = base.proj
-    doubled: Tensor = proj.weight.detach().cpu().double()
-    return doubled
-
-
-def _basis(trial: Trial) -> Tensor:
-    """Every one-hot input of the one layer: indices, vectors or images."""
-    import torch
-
-    if trial.case.specimen == "embedding":
-        return torch.arange(_weight(trial.base()).shape[0], device=trial.case.device)
-    one = trial.inputs()
-    shape = one.shape[1:] if trial.case.specimen in {"conv2d", "grouped"} else one.shape[-1:]
-    eye = torch.eye(shape.numel(), dtype=trial.dtype, device=trial.case.device)
-    return eye.view(-1, *shape)
-
-
-def _spread(base: nn.Module, weight: Tensor, given: Tensor) -> Tensor:
-    """Float64 outputs of the one layer with `weight` in the place of W and no bias."""
-    import copy
-
-    import torch
-
-    model = copy.deepcopy(base).double()
-    proj: Any = model.proj
-    with torch.no_grad():
-        proj.weight.copy_(weight)
-        if getattr(proj, "bias", None) is not None:
-            proj.bias.zero_()
-        out: Tensor = model(given.double() if given.is_floating_point() else given)
-    return out
-
-
-def _delta(base: nn.Module, factors: Snapshot) -> tuple[Tensor, Tensor]:
-    """ΔW of the one layer, and the magnitude its roundings scale with."""
-    from harness import oracle
-
-    proj: Any = base.proj
-    return oracle.delta(proj, factors["proj"]), oracle.delta(proj, factors["proj"], absolute=True)
-
-
-def _check_weight(
-    trial: Trial, model: nn.Module, base: nn.Module, *, W: Tensor, budget: Tensor, what: str
-) -> None:
-    """The weight in effect is W within the budget: by function, and through `base_weight`."""
-    basis = _basis(trial)
-    found = trial.call(model, basis)
-    trial.close(found, _spread(base, W, basis), _spread(base, budget, basis), what)
-    read = getattr(trial.adapter, "base_weight", None)
-    if read is not None:
-        held = read(model, "proj")
-        if held.dtype != trial.dtype:
-            fail(
-                "dtype",
-                expected=f"the weight stays {trial.dtype}",
-                actual=str(held.dtype),
-                where="proj",
-            )
-        trial.close(held, W, budget, f"{what}, as base_weight gives it")
-
-
-def _rank(factors: Snapshot) -> int:
-    return int(max(f.A.shape[0] for parts in factors.values() for f in parts))
-
-
-def _restored(trial: Trial, base: nn.Module, factors: Snapshot, cycles: int = 1) -> Tensor:
-    """The budget of the one layer's weight after cycles."""
-    from harness import tolerance
-
-    return tolerance.restored(
-        _weight(base),
-        _delta(base, factors)[1],
-        r=_rank(factors),
-        dtype=trial.dtype,
-        factor_dtype=trial.factor_dtype,
-        cycles=cycles,
-    )
-
-
-def _silence(trial: Trial, model: nn.Module) -> None:
-    """ΔW = 0, so that the outputs are the base's: B zero, and the bias on it."""
-    import torch
-
-    with torch.no_grad():
-        for parts in trial.factors(model).values():
-            for f in parts:
-                f.B.zero_()
-                if f.bias is not None:
-                    f.bias.zero_()
-
-
-def _is_an_adapter_still(
-    trial: Trial, model: nn.Module, base: nn.Module, restored: Tensor, what: str
-) -> None:
-    """Factors written now act as they would on the base, less what rounding moved W by."""
-    trial.randomize(model, seed=1)
-    _acts(trial, model, base, restored, what)
-
-
-def _acts(trial: Trial, model: nn.Module, base: nn.Module, restored: Tensor, what: str) -> None:
-    """The outputs are those of the base with its factors, less what rounding moved W by."""
-    given = trial.inputs()
-    factors = trial.snapshot(model)
-    far = given.abs() if given.is_floating_point() else given
-    budget = trial.budget(base, factors, given) + _spread(base, restored, far)
-    trial.close(trial.call(model, given), trial.truth(base, factors, given), budget, what)
-
-
 def _or_raises(act: Callable[[], object]) -> None:
     """Asked for what is done already: nothing happens, or an exception."""
     with contextlib.suppress(Exception):
         act()
-
-
-# -- specs -----------------------------------------------------------------------------------------
 
 
 @spec(
@@ -232,9 +103,9 @@ def weight_equals_oracle(trial: Trial) -> None:
 
     from harness import tolerance
 
-    base = _layer(trial)
+    base = one_layer.unbiased(trial)
     try:
-        model = trial.inject(_layer(trial))
+        model = trial.inject(one_layer.unbiased(trial))
     except (NotImplementedError, ValueError) as refusal:
         if trial.case.specimen != "fused-unequal":
             raise
@@ -244,12 +115,16 @@ def weight_equals_oracle(trial: Trial) -> None:
     # Small updates show what is lost of the update, and what autocast takes from W.
     effect = {"faint": 3e-3, "autocast": 3e-2}.get(trial.case.way, 0.5)
     factors = trial.randomize(model, effect=effect)
-    delta, magnitude = _delta(base, factors)
+    delta, magnitude = one_layer.delta(base, factors)
     autocast = trial.case.way == "autocast"
     # Under autocast ΔW may be computed in half precision; W itself may not.
     coarse = torch.bfloat16 if autocast else trial.factor_dtype
     budget = tolerance.weights(
-        _weight(base) + delta, magnitude, r=_rank(factors), dtype=trial.dtype, factor_dtype=coarse
+        one_layer.weight_of(base) + delta,
+        magnitude,
+        r=one_layer.rank(factors),
+        dtype=trial.dtype,
+        factor_dtype=coarse,
     )
     lost = float(budget.norm() / delta.norm())
     if lost > 1:
@@ -259,7 +134,9 @@ def weight_equals_oracle(trial: Trial) -> None:
     with torch.autocast(trial.case.device.split(":")[0], torch.bfloat16, enabled=autocast):
         trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
 
-    _check_weight(trial, model, base, W=_weight(base) + delta, budget=budget, what="merged weight")
+    one_layer.check_weight(
+        trial, model, base, W=one_layer.weight_of(base) + delta, budget=budget, what="merged weight"
+    )
 
 
 @spec(
@@ -277,20 +154,25 @@ def weight_equals_oracle(trial: Trial) -> None:
 )
 def restores_base(trial: Trial) -> None:
     """One cycle, with random factors or with those of a fresh adapter; then look at the base."""
-    base = _layer(trial)
-    model = trial.inject(_layer(trial))
+    base = one_layer.unbiased(trial)
+    model = trial.inject(one_layer.unbiased(trial))
     factors = trial.snapshot(model) if trial.case.way == "untrained" else trial.randomize(model)
     trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
     trial.adapter.unmerge(model)  # type: ignore[attr-defined]  # the feature brings it
 
-    budget = _restored(trial, base, factors)
-    _silence(trial, model)
-    _check_weight(
-        trial, model, base, W=_weight(base), budget=budget, what="base weight after unmerging"
+    budget = one_layer.restored(trial, base, factors)
+    one_layer.silence(trial, model)
+    one_layer.check_weight(
+        trial,
+        model,
+        base,
+        W=one_layer.weight_of(base),
+        budget=budget,
+        what="base weight after unmerging",
     )
-    _is_an_adapter_still(trial, model, base, budget, "output of the unmerged adapter")
+    one_layer.is_an_adapter_still(trial, model, base, budget, "output of the unmerged adapter")
     trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
-    _acts(trial, model, base, budget, "output of the adapter merged again")
+    one_layer.acts(trial, model, base, budget, "output of the adapter merged again")
 
 
 @spec(
@@ -336,20 +218,20 @@ def no_drift_in_half_precision(trial: Trial) -> None:
 
 def _cycle(trial: Trial) -> None:
     """Merge and unmerge `CYCLES` times; the base is as after one, give or take a rounding."""
-    base = _layer(trial)
-    model = trial.inject(_layer(trial))
+    base = one_layer.unbiased(trial)
+    model = trial.inject(one_layer.unbiased(trial))
     factors = trial.randomize(model)
     for _ in range(CYCLES):
         trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
         trial.adapter.unmerge(model)  # type: ignore[attr-defined]  # the feature brings it
 
-    budget = _restored(trial, base, factors, CYCLES)
-    _silence(trial, model)
-    _check_weight(
+    budget = one_layer.restored(trial, base, factors, CYCLES)
+    one_layer.silence(trial, model)
+    one_layer.check_weight(
         trial,
         model,
         base,
-        W=_weight(base),
+        W=one_layer.weight_of(base),
         budget=budget,
         what=f"base weight after {CYCLES} cycles",
     )
@@ -381,5 +263,5 @@ def idempotent(trial: Trial) -> None:
     if trial.claims("unmerge"):
         unmerge(model)
         _or_raises(lambda: unmerge(model))
-        restored = _restored(trial, base, factors)
-        _is_an_adapter_still(trial, model, base, restored, "output after unmerging twice")
+        restored = one_layer.restored(trial, base, factors)
+        one_layer.is_an_adapter_still(trial, model, base, restored, "output after unmerging twice")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from harness.trial import Trial
 
-STEPS = 8
+STEPS = 5
 """Tokens generated: enough that a wrong token is followed by others."""
 
 

@@ -143,6 +143,7 @@ def sft_trainer_checkpointing(trial: Trial) -> None:
         settings = _arguments(trial, trl.SFTConfig)
         settings |= _known(
             trl.SFTConfig,
+            gradient_accumulation_steps=1,
             gradient_checkpointing=True,
             max_length=64,
             max_seq_length=64,

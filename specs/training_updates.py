@@ -85,7 +85,7 @@ def update_equivalence(trial: Trial) -> None:
     ),
 )
 def checkpointing_same_update(trial: Trial) -> None:
-    """Judge the change of every factor after one accumulated step."""
+    """Judge the change of every factor after one step, of a whole batch or accumulated."""
     given = _given(trial)
     order, _, kind = trial.case.way.partition("-")
     settings = {"gradient_checkpointing_kwargs": {"use_reentrant": kind == "reentrant"}}
@@ -99,7 +99,7 @@ def checkpointing_same_update(trial: Trial) -> None:
             return
         model.gradient_checkpointing_enable(**settings)
     before = trial.snapshot(model)
-    _step(model, given, "accumulated")
+    _step(model, given, "accumulated" if order == "after" else "")
 
     _follows(trial, model, before, given)
 

@@ -39,9 +39,9 @@ class Branch(nn.Module):
         self.dropout = dropout_of(config.lora_dropout)
         n_in, n_out = self.sizes(base)
         like: dict[str, Any] = {"dtype": factor_dtype(base), "device": base.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(config.r, n_in, **like))
-        self.lora_B = nn.Parameter(torch.empty(n_out, config.r, **like))
-        self.lora_bias = nn.Parameter(torch.empty(n_out, **like)) if config.lora_bias else None
+        self.lora_A = frozen(torch.empty(config.r, n_in, **like))
+        self.lora_B = frozen(torch.empty(n_out, config.r, **like))
+        self.lora_bias = frozen(torch.empty(n_out, **like)) if config.lora_bias else None
 
     def scale(self, config: LoraConfig) -> float:
         """alpha/r, or alpha/√r under rsLoRA."""
@@ -65,8 +65,8 @@ class Branch(nn.Module):
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout, on the branch alone."""
-        dropped: Tensor = self.dropout(x.to(self.lora_A.dtype))
-        return dropped
+        x = x.to(self.lora_A.dtype)
+        return x if self.dropout is None else self.dropout(x)
 
     def down(self, base: Any, x: Tensor) -> Tensor:  # noqa: ARG002  # a convolution needs its base
         """A x: (…, i) to (…, r)."""
@@ -85,9 +85,14 @@ class Branch(nn.Module):
         return None if self.lora_bias is None else self.scaling * self.lora_bias
 
 
-def dropout_of(p: float) -> nn.Module:
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A factor, until its adapter acts and trains."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def dropout_of(p: float) -> nn.Dropout | None:
     """Dropout, or nothing where that would drop nothing."""
-    return nn.Dropout(p) if p else nn.Identity()
+    return nn.Dropout(p) if p else None
 
 
 class EmbeddingBranch(Branch):

@@ -108,8 +108,9 @@ class Reference:
                 for path, module in targets.items()
             }
         for path, layer in self.wrap(model, made, self.layer).items():
-            layer.adapters[name] = nn.ModuleList(made[path]).train(layer.training)
-            layer.adapters[name].requires_grad_(False)
+            layer.adapters[name] = nn.ModuleList(made[path])
+            if not layer.training:
+                layer.adapters.eval()
         for wrapper in self.wrap(model, whole, self.whole).values():
             wrapper.copy_for(name)
         self.state(model).configs[name] = config
@@ -185,7 +186,10 @@ class Reference:
 
     def freeze(self, model: nn.Module) -> None:
         """Nothing trains."""
-        model.requires_grad_(False)
+        for _, module in walk(model):
+            for parameter in module._parameters.values():  # noqa: SLF001  # each where it lies
+                if parameter is not None:
+                    parameter.requires_grad_(False)
 
     def trained(self, model: nn.Module) -> dict[str, Tensor]:
         """The active adapter's live tensors, by their names in a checkpoint."""
@@ -250,7 +254,7 @@ class Reference:
 
     def layers(self, model: nn.Module) -> dict[str, Adapted]:
         """The adapted layers, by path."""
-        return {path: m for path, m in walk(model) if isinstance(m, Adapted)}
+        return {path: m for path, m in walk(model, stop=Adapted) if isinstance(m, Adapted)}
 
     def wrappers(self, model: nn.Module) -> list[Adapted | Whole]:
         """Everything that stands in a base module's place."""

@@ -33,7 +33,7 @@ class Adapted(nn.Module):
         self.active = "default"
         self.enabled = True
         self.kept: list[nn.Module] = []  # the unmerged base, while merged; in a list: not a child
-        self.train(base.training)
+        self.training = base.training
 
     @property
     def branches(self) -> list[Branch]:
@@ -135,7 +135,7 @@ class Whole(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active = "default"
         self.enabled = True
-        self.train(base.training)
+        self.training = base.training
 
     def copy_for(self, adapter: str) -> None:
         """Give an adapter its own copy, starting from the base."""
@@ -162,8 +162,13 @@ class Whole(nn.Module):
         return self.acting.weight  # type: ignore[return-value]
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As `named_modules`, which hands each module up through a generator for every level above it."""
+def walk(
+    model: nn.Module, stop: type[nn.Module] | tuple[()] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, which hands each module up through a generator for every level above it.
+
+    What is inside a `stop` is left out.
+    """
     seen: set[nn.Module] = set()
     stack = [("", model)]
     while stack:
@@ -172,6 +177,8 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(module)
         yield path, module
+        if isinstance(module, stop):
+            continue
         prefix = f"{path}." if path else ""
         stack += [
             (prefix + name, child)
