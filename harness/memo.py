@@ -22,6 +22,9 @@ T = TypeVar("T")
 ENTRIES = 1024
 """More than one run of the core specs asks for; each is an output of a small model."""
 
+LARGE = 10_000_000
+"""Numbers above which a question is computed each time it is asked, and its answer not held."""
+
 _KEPT: OrderedDict[bytes, Any] = OrderedDict()
 
 
@@ -48,7 +51,7 @@ def kept(compute: Callable[[], T], *asked: Any) -> T:
 
 
 class _Unknown(Exception):  # noqa: N818  # not an error: it is computed anew
-    """Something whose bits do not say what it is."""
+    """Something whose bits do not say what it is, or are too many to look at."""
 
 
 def _digest(asked: Any) -> bytes:
@@ -82,7 +85,9 @@ def _digest(asked: Any) -> bytes:
             said.append(f"{held!r}")
 
     enter(asked)
+    if sum(flat.numel() for flats in tensors.values() for flat in flats) > LARGE:
+        raise _Unknown
     hashed = hashlib.blake2b("\0".join(said).encode(), digest_size=16)
-    for flat in tensors.values():  # one copy of all is quicker than one call for each
-        hashed.update(torch.cat(flat).cpu().view(torch.uint8).numpy().data)
+    for flats in tensors.values():  # one copy of all is quicker than one call for each
+        hashed.update(torch.cat(flats).cpu().view(torch.uint8).numpy().data)
     return hashed.digest()

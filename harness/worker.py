@@ -21,7 +21,7 @@ import warnings
 from typing import IO, TYPE_CHECKING, Any
 
 from harness import fresh
-from harness.case import Case
+from harness.case import LAYER_SPECIMENS, Case
 from harness.errors import UsageError
 from harness.failure import Broken, NotRun, raised
 from harness.spec import Spec, catalogue
@@ -29,6 +29,10 @@ from harness.spec import Spec, catalogue
 if TYPE_CHECKING:
     from harness.adapter import Adapter
     from harness.tolerance import Margin
+
+
+SMALL = frozenset({*LAYER_SPECIMENS, "tiny", "tiny-gqa"})
+"""Specimens that cost less to keep than to look for."""
 
 
 class _Counterexample(Exception):  # noqa: N818  # a find, not an error
@@ -110,6 +114,8 @@ def judge(
     finally:
         trial.close_folders()
         torch.set_grad_enabled(True)
+        if case.device != "cpu" or case.specimen not in SMALL:
+            gc.collect()  # a large model in a ring of references would wait for the next case's
     return broken, trial.margins, trial.notes
 
 

@@ -83,6 +83,14 @@ def test_a_module_with_hooks_is_always_computed():
     assert asked("truth", base)
 
 
+def test_a_large_model_is_always_computed(monkeypatch):
+    """To look at its numbers, and to hold its outputs, costs more than it saves."""
+    monkeypatch.setattr(memo, "LARGE", 5)
+
+    assert asked("truth", linear())
+    assert asked("truth", linear())
+
+
 def test_old_answers_make_room(monkeypatch):
     """The least recently asked goes first."""
     monkeypatch.setattr(memo, "ENTRIES", 2)
