@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import sys
+from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -167,3 +170,19 @@ def test_rows_keep_raw_samples_and_the_answer(tmp_path):
     assert "paired" not in one
     assert two["paired"]["verdict"] == "worse"
     assert two["paired"]["against"] == "x"
+
+
+def test_the_committed_evidence_holds():
+    """Of at least 40 pairs of equals at most one is called a change; of 40 slowed ones, 38 worse."""
+    path = Path(__file__).parents[1] / "reports" / "paired-noise.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    calls = found["called"]
+    equals, slowed = Counter(calls["a-a"]), Counter(calls["slowed"])
+
+    assert min(found["pairs"].values()) >= 40
+    assert equals["better"] + equals["worse"] <= 1
+    assert slowed["worse"] >= 38
+    assert slowed["better"] == 0
+    assert all(
+        a["seconds"] <= found["seconds_at_most"] for kind in found["answers"].values() for a in kind
+    )
