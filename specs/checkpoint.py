@@ -160,26 +160,44 @@ def _storage_bytes(found: Any) -> int:
     cases=(
         *KINDS,
         Case(way="lora_bias"),
-        Case(specimen="stack", way="two-layers"),
-        Case(specimen="stack", way="modules_to_save"),
     ),
 )
 def complete(trial: Trial) -> None:
     """Save, disturb everything that is trainable, load, and compare factors and outputs."""
-    import torch
-
-    config = trial.config()
-    if trial.case.specimen == "stack":
-        config = trial.config(target_modules=("layers.3.v_proj", "layers.7.v_proj"))
-    if trial.case.way in {"lora_bias", "modules_to_save"} and not trial.claims(trial.case.way):
+    if trial.case.way and not trial.claims(trial.case.way):
         trial.notes.append(f"{trial.case.way} is not claimed")
         return
-    if trial.case.way == "lora_bias":
-        config = trial.config(lora_bias=True)
+    _undoes(trial, trial.config(lora_bias=trial.case.way == "lora_bias"))
+
+
+@spec(
+    "checkpoint/every-layer",
+    claim="Loading a model's own checkpoint MUST undo every change in every layer, and in the modules "
+    "that are trained whole.",
+    why="What is saved of the last layer alone, or without the head, passes on a model of one layer.",
+    source=(GUIDE, "BUGS 29, 62, P-8", "https://github.com/pytorch/torchtune/issues/1764"),
+    needs=("checkpoint/complete",),
+    cases=(
+        Case(specimen="stack", way="two-layers"),
+        Case(specimen="stack", way="modules_to_save"),
+    ),
+)
+def every_layer(trial: Trial) -> None:
+    """As above, on a model of many layers of which two are adapted."""
+    targets = ("layers.3.v_proj", "layers.7.v_proj")
+    whole: tuple[str, ...] = ()
     if trial.case.way == "modules_to_save":
-        config = trial.config(
-            target_modules=config.target_modules, modules_to_save=("lm_head", "layers.5.norm")
-        )
+        if not trial.claims("modules_to_save"):
+            trial.notes.append("modules_to_save is not claimed")
+            return
+        whole = ("lm_head", "layers.5.norm")
+    _undoes(trial, trial.config(target_modules=targets, modules_to_save=whole))
+
+
+def _undoes(trial: Trial, config: LoraConfig) -> None:
+    """What is saved, loaded again, undoes what was done to all that trains."""
+    import torch
+
     given = trial.inputs()
     model = trial.inject(config=config)
     disturb(model, seed=1)
@@ -298,7 +316,7 @@ def _reload_adapter_called(trial: Trial, name: str) -> None:
     claim="With twelve layers, each MUST get its own factors back: 10 is not before 2.",
     why="Keys in the order of their text put layer 10 in the place of layer 2, in shapes that fit.",
     source=("BUGS P-9", "BUGS section 6.1: never fewer than 12 layers"),
-    needs=("checkpoint/round-trip-bits",),
+    needs=("checkpoint/round-trip-bits", "checkpoint/every-layer"),
     cases=(Case(specimen="stack"),),
 )
 def many_layers(trial: Trial) -> None:

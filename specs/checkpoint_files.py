@@ -153,7 +153,7 @@ def save_restores_settings(trial: Trial) -> None:
         "https://github.com/huggingface/transformers/issues/24463",
     ),
     features=("save",),
-    needs=("checkpoint/save-restores-settings", "trainable/names-decide-nothing"),
+    needs=("checkpoint/save-restores-settings",),
     cases=(Case(way="frozen"), Case(way="trainable")),
 )
 def load_trainability(trial: Trial) -> None:

@@ -88,9 +88,7 @@ def dropout_on_in_train(trial: Trial) -> None:
     why="A branch that is right forward and wrong backward trains towards something else.",
     source=(
         PAPER,
-        "BUGS 10, 101",
-        "https://github.com/huggingface/peft/pull/1372",
-        "https://github.com/Lightning-AI/litgpt/pull/413",
+        "BUGS 101, 118",
     ),
     needs=(
         ORACLE,
@@ -101,21 +99,43 @@ def dropout_on_in_train(trial: Trial) -> None:
     ),
     cases=(
         Case(),
-        Case(way="hooked"),
         Case(specimen="bare", r=13),
         *(Case(dtype=d) for d in ("bfloat16", "float16", "float64")),
         *(Case(specimen=s) for s in ("embedding", "conv2d", "grouped", "fused")),
     ),
 )
 def gradients(trial: Trial) -> None:
-    """Judge against float64, with a backward hook on the base's layer too; no padding index."""
+    """Judge against float64, without the padding index."""
+    _right(trial, trial.base())
+
+
+@spec(
+    "forward/backward-hooks",
+    claim="The gradients MUST be right where the base's layer has a backward hook, too.",
+    why="Profilers, loggers of gradients and DeepSpeed hook layers; what a hook answers with is a view, "
+    "and adding the branch to it in place raises, or loses the hook's gradient.",
+    source=(
+        "BUGS 10",
+        "https://github.com/huggingface/peft/pull/1372",
+        "https://github.com/Lightning-AI/litgpt/pull/413",
+    ),
+    needs=("forward/gradients",),
+    cases=(Case(), Case(specimen="fused")),
+)
+def backward_hooks(trial: Trial) -> None:
+    """Judge against float64, with a hook that does nothing."""
+    base = trial.base()
+    base.get_submodule("proj").register_full_backward_hook(lambda *_: None)
+    _right(trial, base)
+
+
+def _right(trial: Trial, base: nn.Module) -> None:
+    """The gradients of the adapted base, in eval and in train mode, are those of the equation."""
     from harness import oracle, specimen, storage, tolerance
 
-    x, base = trial.inputs(), trial.base()
+    x = trial.inputs()
     if not x.is_floating_point():
         x = x.masked_fill(x == 1, 0)
-    if trial.case.way == "hooked":
-        base.get_submodule("proj").register_full_backward_hook(lambda *_: None)
     model = trial.adapted(base)
     for train in (False, True):
         if train:

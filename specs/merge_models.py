@@ -58,7 +58,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         "https://github.com/huggingface/peft/issues/322",
     ),
     features=("merge", "modules_to_save"),
-    needs=("merge/only-targets-change", "checkpoint/complete"),
+    needs=("merge/only-targets-change", "checkpoint/every-layer"),
     cases=(Case(specimen="stack"),),
 )
 def keeps_saved_modules(trial: Trial) -> None:

@@ -65,7 +65,6 @@ def switch(trial: Trial) -> None:
         "https://github.com/huggingface/peft/pull/905",
     ),
     needs=(
-        "trainable/names-decide-nothing",
         "several/switch",
         "training/loss-goes-down",
         "checkpoint/round-trip-bits",
@@ -179,7 +178,7 @@ def _train(model: nn.Module, given: Any) -> None:
     why="An optimizer made of what is trainable would hold, and a strategy that spreads parameters over "
     "devices would wait for, factors that never get a gradient.",
     source=("BUGS 89", "https://github.com/huggingface/peft/issues/899"),
-    needs=("several/isolation",),
+    needs=("trainable/only-lora", "several/switch"),
     features=("multi_adapter",),
     cases=(Case(way="added"), Case(way="activated")),
 )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         "https://github.com/huggingface/peft/issues/738",
         "https://github.com/huggingface/peft/pull/2466",
     ),
-    needs=("several/isolation",),
+    needs=("several/switch",),
     features=("multi_adapter",),
     cases=(Case(), Case(specimen="stack"), Case(specimen="embedding")),
     more_cases=(Case(specimen="fused"), Case(specimen="tiny")),

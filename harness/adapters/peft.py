@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import peft.utils
+import torch
 from peft.tuners import lora
 
 from harness.adapter import Bias, Capabilities, Dtype, Factors, Feature, Layer
@@ -173,8 +174,7 @@ def capabilities() -> Capabilities:
         features.add("lora_bias")
     if '"cat"' in inspect.getsource(lora.LoraModel):
         features.add("combine")
-    # A 4-bit layer cannot be merged in the first releases; it exists where bitsandbytes is installed.
-    if find_spec("bitsandbytes") and hasattr(getattr(lora, "Linear4bit", None), "merge"):
+    if _merges_four_bits():
         features.add("quantized_base")
     layers: set[Layer] = {"linear", "embedding"}
     if hasattr(lora, "Conv2d"):
@@ -187,6 +187,20 @@ def capabilities() -> Capabilities:
         bias=frozenset(biases),
         features=frozenset(features),
     )
+
+
+def _merges_four_bits() -> bool:
+    """Whether a 4-bit layer can be merged here.
+
+    It cannot in the first releases; it exists where bitsandbytes is installed; and from 0.11 to 0.13
+    it is moved to a GPU for it, whether or not there is one.
+    """
+    if not find_spec("bitsandbytes") or not hasattr(getattr(lora, "Linear4bit", None), "merge"):
+        return False
+    integrations = getattr(peft.utils, "integrations", None)
+    dequantize = getattr(integrations, "dequantize_bnb_weight", None)
+    needs_gpu = dequantize and 'torch.device("cuda")' in inspect.getsource(dequantize)
+    return not needs_gpu or torch.cuda.is_available()
 
 
 def _targets(model: nn.Module, config: LoraConfig) -> list[str] | str:

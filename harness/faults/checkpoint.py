@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from harness.adapter import Adapter
 
 COMPLETE = "checkpoint/complete"
+EVERY_LAYER = "checkpoint/every-layer"
 ROUND_TRIP = "checkpoint/round-trip-bits"
 
 
@@ -48,7 +49,7 @@ class LastLayer(Selects):
 
 @fault(
     sin="Only the last layer's factors are saved.",
-    killed_by=COMPLETE,
+    killed_by=EVERY_LAYER,
     replays=("P-8",),
     varies="several layers",
 )
@@ -94,7 +95,7 @@ class NoWhole(Selects):
 
 @fault(
     sin="Modules that are trained whole are not saved.",
-    killed_by=COMPLETE,
+    killed_by=EVERY_LAYER,
     replays=("29",),
     varies="modules_to_save",
 )

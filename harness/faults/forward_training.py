@@ -162,7 +162,7 @@ def detaches_A() -> Adapter:  # noqa: N802
 
 @fault(
     sin="The update is added to the base's output in place.",
-    killed_by=GRADIENTS,
+    killed_by="forward/backward-hooks",
     replays=("10",),
     varies="a backward hook on the base's layer",
 )
