@@ -111,10 +111,13 @@ class Equation:
         for name, parts in self.factors.items():
             module = self.modules[name]
             weight = oracle.weight_of(module).detach().double()
-            weights[f"{name}.weight"] = (weight + oracle.delta(module, parts)).to(self.dtype)
+            delta = oracle.delta(module, parts).to(weight.device)
+            weights[f"{name}.weight"] = (weight + delta).to(self.dtype)
             extra = oracle.bias_delta(module, parts)
             if extra is not None:
-                weights[f"{name}.bias"] = (module.bias.detach().double() + extra).to(self.dtype)  # type: ignore[operator]
+                bias: Any = module.bias
+                extra = extra.to(weight.device)
+                weights[f"{name}.bias"] = (bias.detach().double() + extra).to(self.dtype)
         if isinstance(given, dict):
             told = functional_call(self.base, weights, (), given, tie_weights=False)
             return told.logits  # type: ignore[no-any-return]

@@ -145,7 +145,7 @@ def raised(error: BaseException, *, expected: str = "no exception") -> Broken:
     theirs = [
         frame
         for frame in frames
-        if "torch/" not in frame.filename
+        if "/site-packages/torch/" not in Path(frame.filename).as_posix()
         and not _within(frame.filename, ours, but=ours / "adapters")
         and not _within(frame.filename, specs)
     ]

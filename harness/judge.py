@@ -75,21 +75,31 @@ class Points:
     tier: str
     seed: int = 0
 
+    @property
+    def own(self) -> bool:
+        """Whether they are the spec's own, but for the seed."""
+        return self.only is None and not (self.model or self.device or self.dtype)
+
     def of(self, item: Spec) -> list[Case]:
         """The cases of one spec."""
         if self.only is not None:
             return [self.only]
+        every = self.tier == "full" or self.dtype is not None
         found: dict[Case, None] = {}
-        for case in (*item.cases, *(item.more_cases if self.tier == "full" else ())):
+        for case in (*item.cases, *(item.more_cases if every else ())):
             changes: dict[str, Any] = {}
-            if self.model and case.specimen not in LAYER_SPECIMENS:
+            is_model = case.specimen not in LAYER_SPECIMENS
+            if self.model and is_model:
                 changes["specimen"] = self.model
             if self.device:
                 changes["device"] = self.device
-            if self.dtype:
-                changes["dtype"] = self.dtype
             if self.seed:
                 changes["seed"] = case.seed + self.seed
+            if self.dtype and case.dtype != self.dtype:
+                # What holds in one dtype need not in another; a model is judged by its own rounding.
+                if not (self.model and is_model):
+                    continue
+                changes["dtype"] = self.dtype
             found[case.with_(**changes)] = None
         return list(found)
 
@@ -138,7 +148,10 @@ class Judge:
         lacking = [feature for feature in item.features if feature not in claims]
         if lacking or not cases:
             result.outcome = "not_claimed"
-            result.notes = [f"{', '.join(lacking)} is not claimed"] if lacking else []
+            if lacking:
+                result.notes = [f"{', '.join(lacking)} is not claimed"]
+            elif self._points.dtype:
+                result.notes = [f"has no case in {self._points.dtype}"]
             return result
         # Asked for one case, that is what is judged: what it needs was judged at cases of its own.
         needs = () if self._points.only is not None else item.needs
@@ -164,7 +177,8 @@ class Judge:
     def _ask_all(self, item: Spec, cases: list[Case], result: Result) -> None:
         deadline = time.monotonic() + self._limit
         for case in cases:
-            left = max(deadline - time.monotonic(), 0.001)
+            # A case that a busy machine let run on must not be the next one's hang.
+            left = max(deadline - time.monotonic(), self._limit / 4)
             answer = self._session.ask(
                 {"do": "judge", "spec": item.id, "case": str(case)}, limit=left
             )
@@ -182,8 +196,15 @@ class Judge:
     def _search(self, item: Spec, result: Result, deadline: float) -> None:
         for explore in (False, True) if self._explore else (False,):
             answer = self._session.ask(
-                {"do": "search", "spec": item.id, "explore": explore},
-                limit=max(deadline - time.monotonic(), 0.001) + (self._limit if explore else 0),
+                {
+                    "do": "search",
+                    "spec": item.id,
+                    "explore": explore,
+                    "dtype": self._points.dtype,
+                    "device": self._points.device,
+                },
+                limit=max(deadline - time.monotonic(), self._limit / 4)
+                + (self._limit if explore else 0),
             )
             if isinstance(answer, Lost):
                 if not explore:
@@ -207,6 +228,9 @@ class Judge:
             result.failures.append(Failure(**told))
 
     def _reproduce(self, item: Spec, case: str) -> str:
+        if not self._session.named:  # no command line reaches an object
+            name = self._session.spelling
+            return f"harness.check({name}, only=['{item.id}'], case=Case.parse('{case}'))"
         return f"lora-harness check {self._session.spelling} --only {item.id} --case '{case}'"
 
     def _lost(self, item: Spec, case: Case, lost: Lost) -> Failure:
@@ -232,7 +256,8 @@ class Judge:
         if result.failures:
             result.outcome = "failed" if open_ones else "known"
             result.notes += [f"known: {e.reason} ({e.url})" for e in entries if id(e) in used]
-        complete = self._points.only is None and result.outcome != "not_run"
+        lost = any(failure.kind in {"hang", "crash"} for failure in result.failures)
+        complete = self._points.own and result.outcome != "not_run" and not lost
         for entry in entries:
             untrue = _untrue(entry, cases, used=id(entry) in used) if complete else ""
             if untrue:

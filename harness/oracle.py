@@ -141,7 +141,8 @@ def gradients(
     weights = {}
     for name, parts in leaves.items():
         module = model.get_submodule(name)
-        weights[f"{name}.weight"] = weight_of(module).detach() + delta(module, parts)
+        held = weight_of(module).detach()
+        weights[f"{name}.weight"] = held + delta(module, parts).to(held.device)
     x = given.detach().double().clone() if given.is_floating_point() else given
     x.requires_grad_(given.is_floating_point())
     y: Tensor = torch.func.functional_call(model, weights, (x,))

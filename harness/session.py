@@ -33,6 +33,10 @@ AT_ONCE = 1.0
 """Seconds within which an answer most often comes."""
 
 
+_WORK = "import sys; sys.path[:] = {path!r}; from harness import worker; sys.exit(worker.main({name!r}))"
+"""A worker sees what this process sees; a folder called harness that happens to lie here is none."""
+
+
 class _Process(Protocol):
     """What a session needs of a process, spawned or forked."""
 
@@ -50,7 +54,12 @@ class Spawned:
     def __init__(self, adapter: str) -> None:
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "harness.worker", adapter],
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                _WORK.format(path=[p for p in sys.path if p], name=adapter),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -184,6 +193,7 @@ class Session:
         self._adapter = adapter
         self._process: _Process | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
+        self.named = isinstance(adapter, str)
         self.spelling = adapter if isinstance(adapter, str) else f"<{adapter.name}>"
         """How a command names the implementation."""
 
@@ -197,17 +207,20 @@ class Session:
 
     def ask(self, request: dict[str, Any], *, limit: float) -> dict[str, Any] | Lost:
         """The answer, or how it was lost; raises `UsageError` where there is no adapter to ask."""
-        fresh = self._process is None
         if self._process is None:
             self._start()
+            if request["do"] != "describe" and isinstance(lost := self._imported(), Lost):
+                return lost
         assert self._process is not None
+        if request["do"] == "describe":
+            limit += START_LIMIT
         try:
             self._process.requests.write(json.dumps(request) + "\n")
             self._process.requests.flush()
         except (BrokenPipeError, OSError):
             pass  # it is dead; the reader says how
         try:
-            line = self._wait(limit + (START_LIMIT if fresh else 0))
+            line = self._wait(limit)
         except queue.Empty:
             self.close()
             return Lost("hang", f"no answer within {limit:g} s")
@@ -220,6 +233,10 @@ class Session:
             self.close()
             raise UsageError(answer["usage"])
         return answer
+
+    def _imported(self) -> dict[str, Any] | Lost:
+        """The answer of a process that was started anew, once it has imported the implementation."""
+        return self.ask({"do": "describe"}, limit=0)
 
     def _wait(self, limit: float) -> str | None:
         """The next line; raises `queue.Empty` when the process has had its time.

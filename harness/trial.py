@@ -9,6 +9,8 @@ and reads factors in the same way.
 from __future__ import annotations
 
 import contextlib
+import random
+import re
 import tempfile
 import warnings
 import zlib
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from harness import memo, oracle, specimen, tolerance
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from harness.case import Case
+    from harness.descent import Track
     from harness.oracle import Snapshot
 
 
@@ -152,7 +156,8 @@ class Trial:
         """
         for name, parts in self.factors(model).items():
             for k, f in enumerate(parts):
-                g = torch.Generator().manual_seed(zlib.crc32(f"{name}/{k}/{seed}".encode()))
+                drawn = f"{name}/{k}/{seed}/{self.case.seed or ''}"
+                g = torch.Generator().manual_seed(zlib.crc32(drawn.encode()))
                 with torch.no_grad():
                     r, i = f.A.shape
                     a = torch.randn(r, i, generator=g, dtype=torch.float64)
@@ -220,14 +225,16 @@ class Trial:
         assert self._factor_dtype is not None
         return self._factor_dtype
 
-    def descent(self, factors: Snapshot, given: Any, *, lr: float, dtype: torch.dtype) -> Snapshot:
-        """The factors after one SGD step of the equation on the case's base, evaluated in a dtype."""
+    def descent(
+        self, factors: Snapshot, given: Any, *, lr: float, dtype: torch.dtype, steps: int = 1
+    ) -> Track:
+        """Where SGD steps of the equation on the case's base go, evaluated in a dtype."""
         from harness import descent
 
         base = specimen.pristine(self.case)
         return memo.kept(
-            lambda: descent.Equation(base, factors, dtype).descend(given, lr=lr).factors[-1],
-            *("descent", self.case.specimen, base, factors, given, lr, dtype),
+            lambda: descent.Equation(base, factors, dtype).descend(given, lr=lr, steps=steps),
+            *("descent", self.case.specimen, base, factors, given, lr, dtype, steps),
         )
 
     # -- the judgement -----------------------------------------------------------------------------
@@ -280,20 +287,28 @@ class Trial:
                 truth=e,
             )
 
-    def loud(self, act: Callable[[], object], *, expected: str) -> None:
-        """`act` raises or warns, or `Broken` of kind silent."""
-        with warnings.catch_warnings(record=True) as caught, _logged() as said:
-            warnings.simplefilter("always")
-            try:
-                act()
-            except Exception:  # noqa: BLE001  # any exception is loud
-                return
-        if not [w for w in caught if not _is_housekeeping(w)] and not said:
-            fail("silent", expected=expected, actual="nothing was raised and nothing was warned")
+    def loud(
+        self, act: Callable[[], object], *, expected: str, usual: Callable[[], object] | None = None
+    ) -> None:
+        """`act` raises or warns, or `Broken` of kind silent.
+
+        What `usual`, a call with nothing to be loud about, warns of too is no warning; numbers in
+        the words aside.
+        """
+        always = _warned(usual)[0] if usual else set()
+        said, raised = _warned(act)
+        if not raised and not said - always:
+            besides = f" but {min(said)!r}, as always" if said else ""
+            fail("silent", expected=expected, actual=f"nothing was raised or warned{besides}")
 
 
 def seed_all(seed: int) -> None:
-    """As `torch.manual_seed`, which on a machine without CUDA formats a stack at each call."""
+    """Every generator that an implementation may draw from: Python's, NumPy's and torch's.
+
+    As `torch.manual_seed`, which on a machine without CUDA formats a stack at each call.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  # the old global one is what they draw from
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
@@ -301,7 +316,21 @@ def seed_all(seed: int) -> None:
 
 def _coarsest(found: dict[str, list[Factors]]) -> torch.dtype:
     """Of the factors' dtypes the one that rounds most."""
-    return max((f.A.dtype for parts in found.values() for f in parts), key=tolerance.unit_roundoff)
+    dtypes = {t.dtype for parts in found.values() for f in parts for t in (f.A, f.B)}
+    return max(dtypes, key=tolerance.unit_roundoff)
+
+
+def _warned(act: Callable[[], object]) -> tuple[set[str], bool]:
+    """What was warned or logged as a warning, without its numbers, and whether `act` raised."""
+    raised = False
+    with warnings.catch_warnings(record=True) as caught, _logged() as said:
+        warnings.simplefilter("always")
+        try:
+            act()
+        except Exception:  # noqa: BLE001  # any exception is loud
+            raised = True
+    words = [*said, *(str(w.message) for w in caught if not _is_housekeeping(w))]
+    return {re.sub(r"0x[0-9a-f]+|\d+", "#", text) for text in words}, raised
 
 
 def _is_housekeeping(caught: warnings.WarningMessage) -> bool:

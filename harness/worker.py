@@ -18,6 +18,7 @@ import os
 import sys
 import time
 import warnings
+from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 from harness import fresh
@@ -27,6 +28,8 @@ from harness.failure import Broken, NotRun, raised
 from harness.spec import Spec, catalogue
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from harness.adapter import Adapter
     from harness.tolerance import Margin
 
@@ -44,6 +47,9 @@ def serve(adapter: Adapter, requests: IO[str], answers: IO[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    # A float32 product in TensorFloat32 rounds to 11 bits: budgets are those of what was asked for.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     # Judging makes and drops modules by the thousand: collecting every 700 is a tenth of its time.
     gc.set_threshold(50_000)
     warnings.simplefilter("ignore")
@@ -77,7 +83,8 @@ def _answer(adapter: Adapter, specs: dict[str, Spec], request: dict[str, Any]) -
         return {}
     item = specs[request["spec"]]
     if request["do"] == "search":
-        return search(adapter, item, explore=bool(request.get("explore")))
+        asked = {key: request[key] for key in ("dtype", "device") if request.get(key)}
+        return search(adapter, item, explore=bool(request.get("explore")), asked=asked)
     case = Case.parse(request["case"])
     if request["do"] == "diagnose":
         from harness import diagnosis
@@ -90,16 +97,11 @@ def judge(
     adapter: Adapter, item: Spec, case: Case
 ) -> tuple[Broken | NotRun | None, list[Margin], list[str]]:
     """Judge one spec at one case: what is broken, or None; margins; notes."""
-    import random
-
-    import numpy as np
     import torch
 
     from harness.trial import Trial, seed_all
 
     _set_modules_aside()
-    random.seed(case.seed)
-    np.random.seed(case.seed)  # noqa: NPY002  # implementations draw from the old global generator
     seed_all(case.seed)
     trial = Trial(adapter, case)
     broken: Broken | NotRun | None = None
@@ -144,10 +146,13 @@ def told(
     return answer
 
 
-def search(adapter: Adapter, item: Spec, *, explore: bool) -> dict[str, Any]:
+def search(
+    adapter: Adapter, item: Spec, *, explore: bool, asked: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """Look for a failing case with hypothesis; the smallest it finds, or none.
 
-    Derandomised unless `explore`: a verdict is the same every time.
+    Derandomised unless `explore`: a verdict is the same every time. `asked` are fields that all cases
+    have.
     """
     from hypothesis import HealthCheck, Phase, assume, given, settings
 
@@ -166,6 +171,7 @@ def search(adapter: Adapter, item: Spec, *, explore: bool) -> dict[str, Any]:
     )
     @given(item.search())
     def holds(case: Case) -> None:
+        case = case.with_(**asked)
         assume(claimed(case, adapter.capabilities))
         broken, used, _ = judge(adapter, item, case)
         margins.extend(used)
@@ -178,7 +184,7 @@ def search(adapter: Adapter, item: Spec, *, explore: bool) -> dict[str, Any]:
     except _Counterexample:
         broken, case = found[-1]
         return told(broken, margins, [], case)
-    return told(None, margins, [], Case())
+    return told(None, margins, [], Case(way="search"))
 
 
 def claimed(case: Case, capabilities: Any) -> bool:
@@ -203,6 +209,7 @@ def main(adapter_name: str) -> int:
         answers.write(json.dumps({"usage": str(error)}) + "\n")
         answers.flush()
         return 2
+    fresh.ADAPTER = adapter_name
     serve(adapter, requests, answers)
     return 0
 

@@ -137,6 +137,9 @@ def sft_trainer_checkpointing(trial: Trial) -> None:
         trl = _trl()
         ids, labels = _batch(trial)
         model = trial.adapted()
+        if not hasattr(model, "gradient_checkpointing_enable") or not hasattr(model, "config"):
+            trial.notes.append("the returned model has no gradient_checkpointing_enable and config")
+            return
         before = trial.snapshot(model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
