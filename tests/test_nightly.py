@@ -92,6 +92,36 @@ def test_an_issue_is_opened_once_and_closed_when_its_row_is_gone(tmp_path, monke
     assert seen == [[(title, True)], [(title, True)], [(title, False)]]
 
 
+@pytest.mark.parametrize("night", ["nothing compared", "cut off", "no longer there", "blocked"])
+def test_an_issue_stays_open_where_its_row_was_not_compared(tmp_path, monkeypatch, capsys, night):
+    """A night that says nothing of the row closes nothing."""
+    gh = tmp_path / "bin" / "gh"
+    gh.parent.mkdir()
+    gh.write_text(GH)
+    gh.chmod(0o755)
+    monkeypatch.setenv("PATH", str(gh.parent), prepend=os.pathsep)
+    bring = runpy.run_path(str(ROOT / ".github" / "issues.py"))["main"]
+    bad = {"merge/no-drift": "failed"}
+    first, second = tmp_path / "first", tmp_path / "second"
+    second.mkdir()
+    paths = samples.write(tmp_path, samples.check("good"), samples.check("bad", bad))
+    main(["compare", *map(str, paths), "--json", str(first / "check-peft.json")])
+    bring("cpu-pinned", first)
+    if night != "nothing compared":
+        new = samples.check("new", {"merge/no-drift": "blocked"} if night == "blocked" else {})
+        new["finished"] = night != "cut off"
+        if night == "no longer there":
+            new["results"] = [one for one in new["results"] if one["spec"] not in bad]
+        paths = samples.write(tmp_path, samples.check("good"), new)
+        main(["compare", *map(str, paths), "--json", str(second / "check-peft.json")])
+
+    bring("cpu-pinned", second)
+    capsys.readouterr()
+    issues = json.loads((gh.parent / "issues.json").read_text())
+    assert issues[0]["title"].endswith("worse: merge/no-drift")
+    assert issues[0]["open"] is True
+
+
 @pytest.mark.parametrize(
     ("changes", "code"),
     [((False, False), 0), ((True, False), 1), ((False, True), 1), ((None, False), 0)],
