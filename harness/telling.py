@@ -43,7 +43,15 @@ def check_command(args: argparse.Namespace) -> int:
     if case is not None and len(select(args.only)) != 1:
         raise UsageError("--case: name the one spec to judge with --only ID")
     live = sys.stdout.isatty()
-    with Recorder(args.json, kind="check", spec_version=SPEC_VERSION, seed=args.seed) as report:
+    # What was asked stands before anything is judged: a killed run is compared by it.
+    asked = {
+        "model": args.model,
+        "tier": args.tier,
+        "device": args.device or "cpu",
+        "dtype": args.dtype,
+        "seed": args.seed,
+    }
+    with Recorder(args.json, kind="check", spec_version=SPEC_VERSION, **asked) as report:
 
         def progress(result: Result) -> None:
             report.add("results", result.as_dict())
@@ -68,8 +76,6 @@ def check_command(args: argparse.Namespace) -> int:
         for key, value in verdict.as_dict().items():
             if key != "environment":
                 report.set(key, value)
-        if args.model:
-            report.set("model", args.model)
     if live:
         print("\r\x1b[K", end="")
     print(tell(verdict))

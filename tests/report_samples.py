@@ -284,16 +284,14 @@ def write(folder, *reports):
 def small(name="small", **changes):
     """A report with a little of everything, for tests that damage it."""
     found = bench(name)
+    pair = {"verdict": "same", "ratio": 1.0, "low": 0.99, "high": 1.01, "against": "bench-old"}
     return (
         found
         | {
             "adapter": {"name": "peft", "version": "0.21.2"},
             "results": results({"merge/same-output": "failed", "merge/no-drift": "blocked"})[25:30],
             "counters": found["counters"][7:10],
-            "timings": [
-                row | {"paired": {"verdict": "same", "ratio": 1.0, "low": 0.99, "high": 1.01}}
-                for row in found["timings"][14:18]
-            ],
+            "timings": [row | {"paired": pair} for row in found["timings"][14:18]],
             "memory": found["memory"][56:72],
             "training": {"loss": [[1, 3.0], [2, "NaN"], [3, 2.0]], "eval_loss": [[2, 2.5]]},
             "recipe": {"name": "quick", "training_config": {"max_steps": 3}},

@@ -14,7 +14,7 @@ from harness.cli import main
 from harness.errors import UsageError
 from harness.report.compare import compare, parse_words
 from harness.report.rows import VERDICTS, cost_row, judge_spec
-from harness.report.schema import parse
+from harness.report.schema import parse, read
 from harness.report.terminal import tell
 
 
@@ -73,13 +73,35 @@ def test_outcomes_are_judged(before, after, verdict):
     ],
 )
 def test_a_spec_that_still_fails_is_judged_by_its_cases(before, after, verdict, why):
-    """A spec that failed and fails is worse where a further case fails."""
-    result = lambda cases: {  # noqa: E731
-        "outcome": "failed",
+    """A spec that failed and fails, known or not, is worse where a further case fails."""
+    result = lambda outcome, cases: {  # noqa: E731
+        "outcome": outcome,
         "failures": [samples.failure(case=case) for case in cases],
     }
+    judged = lambda *outcomes: judge_spec(  # noqa: E731
+        *map(result, outcomes, (before, after)), finished=True
+    )
 
-    assert judge_spec(result(before), result(after), finished=True) == (verdict, why)
+    assert judged("failed", "failed") == (verdict, why)
+    assert judged("known", "known") == (verdict, why.replace("fails", "known"))
+    assert judged("failed", "known")[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict", "why"),
+    [
+        (("MUST", "passed"), ("SHOULD", "passed"), "removed", "passed, MUST → SHOULD"),
+        (("MUST", "failed"), ("SHOULD", "failed"), "removed", "still fails, MUST → SHOULD"),
+        (("MUST", "passed"), ("SHOULD", "failed"), "worse", "passed → failed"),
+        (("SHOULD", "passed"), ("MUST", "passed"), "same", "passed, SHOULD → MUST"),
+        (("SHOULD", "failed"), ("MUST", "failed"), "worse", "still fails, SHOULD → MUST"),
+    ],
+)
+def test_a_level_that_changed_is_told(before, after, verdict, why):
+    """A MUST that became a SHOULD is gone as a requirement, and is as loud as one that vanished."""
+    result = lambda level, outcome: {"level": level, "outcome": outcome}  # noqa: E731
+
+    assert judge_spec(result(*before), result(*after), finished=True) == (verdict, why)
 
 
 def test_a_spec_judged_on_fewer_cases_is_removed():
@@ -115,6 +137,23 @@ def test_counters_are_compared_exactly(before, after, verdict):
     assert cost_row("counter", row(before), row(after)).verdict == verdict
 
 
+@pytest.mark.parametrize("old", [2**53, 2**53 + 1, 10**25])
+def test_large_counts_keep_every_bit(old):
+    """One more or one less is told where floats would call them equal."""
+    assert cost_row("counter", cost(old), cost(old - 1)).verdict == "better"
+    assert cost_row("counter", cost(old), cost(old + 1)).verdict == "worse"
+
+
+def test_conditions_are_one_whatever_their_order():
+    """The same nested conditions, written in another order, are the same row."""
+    nested = {"plan": {"a": 1, "b": [2, {"c": 3, "d": 4}]}}
+    other = {"plan": {"b": [2, {"d": 4, "c": 3}], "a": 1}}
+    old = whole(samples.head("bench", "old") | {"counters": [cost(1, conditions=nested)]})
+    new = whole(samples.head("bench", "new") | {"counters": [cost(1, conditions=other)]})
+
+    assert [row.verdict for row in compare(old, new).rows] == ["same"]
+
+
 def test_a_row_may_say_which_way_is_better():
     """Throughput that rises is better; a count that must not change is worse either way."""
     higher, equal = {"better": "higher"}, {"better": "equal"}
@@ -137,14 +176,58 @@ def test_memory_is_exact_on_the_cpu_and_within_a_step_on_a_gpu():
 
 def test_wall_time_is_judged_only_where_it_was_paired():
     """Ten times slower in another hour says nothing; a pair says what it found."""
-    paired = {"verdict": "worse", "ratio": 1.07, "low": 1.04, "high": 1.1}
-
     alone = cost_row("timing", cost(1.0), cost(10.0))
-    pair = cost_row("timing", cost(1.0), cost(1.0, paired=paired))
-    third = cost_row("timing", cost(1.0), cost(1.0, paired=paired | {"against": "loralib 0.1.2"}))
+    pair = _paired_against("night-1")
     assert (alone.verdict, alone.ratio) == (None, 10.0)
     assert (pair.verdict, pair.low, pair.high) == ("worse", 1.04, 1.1)
-    assert third.verdict is None
+
+
+@pytest.mark.parametrize(
+    ("against", "version", "judged"),
+    [
+        ("night-1", "0.8.1", True),
+        ("before", "0.8.1", True),
+        ("peft 0.8.1", "0.8.2", True),
+        ("peft 0.8.1", "0.8.1", False),  # the row's own version: --aa
+        ("peft", "0.8.2", False),
+        ("0.8.1", "0.8.2", False),
+        ("loralib 0.1.2", "0.8.2", False),
+        (None, "0.8.2", False),
+    ],
+)
+def test_a_pair_answers_for_the_old_run_alone(against, version, judged):
+    """Only a pair that names the old run, by id, label or version, says what became of the row."""
+    assert (_paired_against(against, version=version).verdict == "worse") is judged
+
+
+def _paired_against(against, version="0.8.1"):
+    paired = {"verdict": "worse", "ratio": 1.07, "low": 1.04, "high": 1.1, "against": against}
+    return cost_row(
+        "timing",
+        cost(1.0, version="0.8.1"),
+        cost(1.0, version=version, paired=paired),
+        run={"id": "night-1", "label": "before"},
+    )
+
+
+def test_a_report_that_pairs_two_versions_is_the_same_as_itself():
+    """Both sides of the pair lie in one report: beside its equal, nothing is worse."""
+    paired = {"verdict": "worse", "ratio": 1.07, "low": 1.04, "high": 1.1}
+    for against in ("peft 0.8.1", "peft"):
+        old, new = (
+            whole(
+                samples.head("bench", name)
+                | {
+                    "timings": [
+                        cost(1.0, version="0.8.1"),
+                        cost(1.0, version="0.8.2", paired=paired | {"against": against}),
+                    ]
+                }
+            )
+            for name in ("old", "new")
+        )
+
+        assert compare(old, new).counts["worse"] == 0
 
 
 def test_what_varies_is_shown_and_not_judged():
@@ -211,6 +294,25 @@ def test_an_unfinished_run_has_lost_nothing_yet():
 
     found = compare(old, new)
     assert (found.counts["removed"], found.counts["inconclusive"]) == (0, 1)
+    assert found.exit_code(("worse", "removed")) == 3
+
+
+def test_an_unfinished_run_is_never_green():
+    """A run that was cut short after the last spec of the old one decides nothing, and says so."""
+    found = compare(whole(samples.check("old")), whole(samples.check("new", finished=False)))
+
+    assert found.exit_code(("worse", "removed")) == 3
+    assert found.exit_code(()) == 0
+    assert tell(found).splitlines()[-2:] == ["undecided: the new run did not finish", "73 same"]
+
+
+def test_a_report_of_blocked_specs_is_never_green():
+    """With all specs but one blocked, what is the same says too little."""
+    new = samples.check("new", dict.fromkeys(samples.SPECS[1:], "blocked"))
+
+    found = compare(whole(samples.check("old")), whole(new))
+    assert found.exit_code(("worse", "removed")) == 3
+    assert found.undecided == f"{len(samples.SPECS) - 1} specs inconclusive"
 
 
 @pytest.mark.parametrize(
@@ -284,7 +386,9 @@ def test_several_versions_in_one_report_stay_apart():
         ([("passed", "failed")], "worse,removed", 1),
         ([("passed", "failed")], "none", 0),
         ([("passed", None)], "worse", 0),
-        ([("passed", "blocked")], "worse,removed", 0),
+        ([("passed", "blocked")], "worse,removed", 3),
+        ([("passed", "blocked")], "none", 0),
+        ([("passed", "blocked"), ("passed", None)], "worse,removed", 1),
         ([("passed", "blocked"), ("passed", "passed")], "worse,inconclusive", 3),
         ([("passed", "blocked"), ("passed", "failed")], "worse,inconclusive", 1),
         ([(None, "passed")], "added", 1),
@@ -354,7 +458,8 @@ def test_the_terminal_is_told_the_worst_first(tmp_path, capsys):
 def test_a_pair_is_told_with_its_interval():
     """A paired time is shown as a ratio between its ends."""
     old, new = whole(samples.bench("old")), whole(samples.bench("new"))
-    new["timings"][0]["paired"] = {"verdict": "worse", "ratio": 1.07, "low": 1.04, "high": 1.1}
+    pair = {"verdict": "worse", "ratio": 1.07, "low": 1.04, "high": 1.1, "against": "bench-old"}
+    new["timings"][0]["paired"] = pair
 
     assert "paired: 1.070 times, 1.040 to 1.100" in tell(compare(old, new))
 
@@ -369,6 +474,35 @@ def test_the_terminal_has_a_screenful_of_what_is_not_loud():
     assert sum(line.startswith("worse ") for line in lines) == len(new["counters"])
     assert sum(line.startswith("shown ") for line in lines) == 25
     assert "… and 87 more; --html and --json have them all" in lines
+
+
+def test_a_killed_check_has_said_what_it_was_asked(tmp_path, monkeypatch):
+    """Before the first spec, the report has what makes it comparable: model, tier, device, dtype."""
+    path = tmp_path / "check.json"
+
+    def killed(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.verdict.check", killed)
+    options = ["--model", "tiny", "--tier", "smoke", "--dtype", "float32", "--json", str(path)]
+    assert main(["check", "peft", *options]) == 130
+
+    found = read(path)
+    names = ("model", "tier", "device", "dtype", "finished")
+    assert [found[name] for name in names] == ["tiny", "smoke", "cpu", "float32", False]
+
+
+def test_another_device_and_dtype_are_told():
+    """Where a check says on what it judged, a difference is named and rules out nothing."""
+    old = samples.check("old", device="cpu", dtype=None)
+    new = samples.check("new", device="cuda", dtype="float32")
+
+    found = compare(whole(old), whole(new))
+    assert [(key.name, key.old, key.new) for key in found.keys if not key.same] == [
+        ("device", "cpu", "cuda"),
+        ("dtype", "–", "float32"),
+    ]
+    assert found.counts["incomparable"] == 0
 
 
 def test_the_same_run_twice_is_refused(tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 import report_samples as samples
 
 from harness.cli import main
+from harness.report.compare import compare
 from harness.report.history import load
 from harness.report.schema import parse, read
 from harness.report.trend import trace
@@ -82,6 +83,41 @@ def test_a_row_that_comes_and_goes_keeps_its_place():
         (1, "added"),
         (2, "removed"),
         (3, "added"),
+    ]
+
+
+def test_a_trend_of_two_runs_says_what_their_comparison_says():
+    """Where one of the runs has two versions of a thing, both key their rows in the same way."""
+    row = {"subject": "peft", "metric": "flops", "unit": "FLOP"}
+    one = samples.head("matrix", "one") | {"counters": [row | {"value": 1, "version": "1"}]}
+    two = samples.head("matrix", "two") | {
+        "counters": [row | {"value": 1, "version": "1"}, row | {"value": 2, "version": "2"}]
+    }
+    for runs in ((one, two), (two, one)):
+        old, new = map(_read, runs)
+
+        told = [(row.verdict, row.old, row.new) for row in compare(old, new).rows]
+        changes = [
+            (change.verdict, change.old, change.new)
+            for series in trace([old, new]).series
+            for change in series.changes
+        ]
+        assert changes == [one for one in told if one[0] != "same"]
+
+
+def test_a_row_keeps_its_line_through_a_run_of_two_versions():
+    """Before, in and after a run with two versions, the first version's values are one series."""
+    row = {"subject": "peft", "metric": "flops", "unit": "FLOP"}
+    runs = [
+        samples.head("matrix", f"run-{at}")
+        | {"counters": [row | {"value": int(one), "version": one} for one in versions]}
+        for at, versions in enumerate(("1", "12", "2", "3"))
+    ]
+
+    found = trace(map(_read, runs))
+    assert sorted(str(one.readings) for one in found.series) == [
+        "[1, 1, None, None]",
+        "[None, 2, 2, 3]",
     ]
 
 

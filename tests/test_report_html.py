@@ -42,7 +42,8 @@ def pages(tmp_path_factory):
     bad["results"][25] |= {"sentence": TAG, "failures": [samples.failure(expected=TAG, where=TAG)]}
     old, new = samples.bench("old"), samples.bench("new", label=TAG)
     new["counters"][3]["value"] += 1
-    new["timings"][0]["paired"] = {"verdict": "worse", "ratio": 1.07, "low": 1.04, "high": 1.1}
+    pair = {"verdict": "worse", "ratio": 1.07, "low": 1.04, "high": 1.1, "against": "bench-old"}
+    new["timings"][0]["paired"] = pair
     paths = [str(path) for path in samples.write(folder, bad, samples.finetune(), old, new)]
     year = folder / "year"
     year.mkdir()

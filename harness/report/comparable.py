@@ -106,6 +106,9 @@ def facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "adapter version", _word(adapter.get("version"))
     yield "spec version", _word(report.get("spec_version"))
     yield "tier", _word(report.get("tier"))
+    for name in ("device", "dtype"):
+        if report.get(name) is not None:
+            yield name, _word(report[name])
     yield "seed", _word(report.get("seed"))
     yield "os", _word(machine.get("os"))
     yield "architecture", _word(machine.get("architecture"))

@@ -78,16 +78,25 @@ class Comparison:
         ]
         return ", ".join(parts) or "no rows"
 
+    @property
+    def undecided(self) -> str:
+        """Why nothing may be concluded from what is not worse, in words; empty where it may."""
+        if not self.new["finished"]:
+            return "the new run did not finish"
+        count = sum(row.section == "spec" and row.verdict == "inconclusive" for row in self.rows)
+        return f"{plural(count, 'spec')} inconclusive" if count else ""
+
     def exit_code(self, fail_on: Iterable[str]) -> int:
         """1 where a row has a word of `fail_on`; 3 where it is one that leaves the question open.
 
-        A comparison that judged nothing is 3 as well, and never green.
+        A comparison that judged nothing is 3 as well, and so is one of a run that was cut short or
+        that left a spec undecided, unless `fail_on` asks for no decision.
         """
         counts, wanted = self.counts, set(fail_on)
         undecided = {"inconclusive", "incomparable"}
         if any(counts[word] for word in wanted - undecided):
             return 1
-        if any(counts[word] for word in wanted & undecided):
+        if any(counts[word] for word in wanted & undecided) or (wanted and self.undecided):
             return 3
         return 0 if any(counts[word] for word in set(VERDICTS) - undecided) else 3
 

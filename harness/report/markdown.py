@@ -46,6 +46,8 @@ def comparison(found: Comparison, trend: Trend | None = None) -> str:
         f"{code(named(found.old))} → {code(named(found.new))}",
         "",
     ]
+    if found.undecided:
+        lines += [f"**Undecided:** {found.undecided}.", ""]
     differing = [key for key in found.keys if not key.same]
     if differing:
         lines += table(
@@ -167,10 +169,7 @@ def table(
 
 
 def _sign(found: Comparison) -> str:
-    counts = found.counts
-    if counts["worse"] or counts["removed"]:
-        return "🔴"
-    return "🟢" if found.exit_code(()) == 0 else "🟡"
+    return {0: "🟢", 1: "🔴"}.get(found.exit_code(("worse", "removed")), "🟡")
 
 
 def _failures(results: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:

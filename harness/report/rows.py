@@ -114,26 +114,46 @@ def judge_spec(
         return ("inconclusive", told) if now == "blocked" else ("removed", told)
     if then not in _JUDGED:
         return "added", change
-    if now == then == "failed":
-        return _failing_cases(before, after)
-    if now == then:
+    verdict, why = _judged(before, after, change)
+    was, is_ = before.get("level"), after.get("level")
+    if not was or not is_ or was == is_:
+        return verdict, why
+    why = f"{why}, {was} → {is_}"
+    if verdict in {"same", "better"}:
+        # A property that need no longer hold is gone as a requirement, whatever its outcome.
+        verdict = "removed" if was == "MUST" else "worse" if now == "failed" else verdict
+    return verdict, why
+
+
+def _judged(
+    before: Mapping[str, Any], after: Mapping[str, Any], change: str
+) -> tuple[Verdict, str]:
+    """Of a spec that was judged in both reports."""
+    then, now = before["outcome"], after["outcome"]
+    if now == then == "passed":
         return _judged_cases(before, after, outcome(now))
     if now == "passed":
         return "better", change
-    # passed → known is a defect, newly listed; failed → known mends nothing.
-    return ("worse", change) if then == "passed" else ("same", change)
+    if then == "passed":
+        # passed → known is a defect, newly listed.
+        return "worse", change
+    # failed → known mends nothing.
+    otherwise = {"failed": "still fails", "known": "still known"}[now] if now == then else change
+    return _failing_cases(before, after, otherwise)
 
 
-def _failing_cases(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Verdict, str]:
+def _failing_cases(
+    before: Mapping[str, Any], after: Mapping[str, Any], otherwise: str
+) -> tuple[Verdict, str]:
     then, now = (
         {json.dumps([one.get("case"), one.get("kind")]) for one in result.get("failures") or ()}
         for result in (before, after)
     )
     if now - then:
-        return "worse", f"still fails, on {plural(len(now - then), 'further case')}"
+        return "worse", f"{otherwise}, on {plural(len(now - then), 'further case')}"
     if then - now:
-        return "better", f"still fails, on {plural(len(then - now), 'case')} less"
-    return _judged_cases(before, after, "still fails")
+        return "better", f"{otherwise}, on {plural(len(then - now), 'case')} less"
+    return _judged_cases(before, after, otherwise)
 
 
 def _judged_cases(
@@ -175,8 +195,7 @@ def identity(row: Mapping[str, Any], *, version: bool) -> Identity:
         row["metric"],
         row.get("kind") or "",
         row.get("model") or "",
-        # The keys are unique strings, so that sorting never compares two values.
-        repr(sorted((row.get("conditions") or {}).items())),
+        json.dumps(row.get("conditions") or {}, sort_keys=True),
         (row.get("version") or "") if version else "",
     )
 
@@ -289,16 +308,21 @@ def _ratio(old: object, new: object) -> float | None:
 def _pair(
     before: Mapping[str, Any], after: Mapping[str, Any], run: Mapping[str, Any] | None
 ) -> Mapping[str, Any] | None:
-    """The pair that answers for this row: timed against the old side, not against a third one."""
+    """The pair that answers for this row: timed against the old run, by its id, label or version.
+
+    A pair against the row's own version has its other side in its own report, not in the old run.
+    """
     paired: Mapping[str, Any] | None = after.get("paired")
-    if paired is None:
+    if paired is None or paired.get("against") is None:
         return None
-    against = paired.get("against")
-    own = {None, before["subject"], before.get("version")}
-    own.add(f"{before['subject']} {before.get('version')}")
+    named = {_versioned(before)} - {_versioned(after), None}
     if run is not None:
-        own |= {run["id"], run.get("label")}
-    return paired if against in own else None
+        named |= {run["id"], run.get("label")}
+    return paired if paired["against"] in named else None
+
+
+def _versioned(row: Mapping[str, Any]) -> str | None:
+    return f"{row['subject']} {row['version']}" if row.get("version") else None
 
 
 def _judge_cost(
@@ -309,6 +333,9 @@ def _judge_cost(
     left, right = number_of(old), number_of(new)
     if left is None or right is None or math.isnan(left) or math.isnan(right):
         return "inconclusive", "not a number"
+    # Counts beyond 2**53 keep every bit as integers.
+    left = old if isinstance(old, int) else left
+    right = new if isinstance(new, int) else right
     device = compact((row.get("conditions") or {}).get("device", ""))
     if section == "memory" and device.startswith("cuda") and abs(right - left) <= ALLOCATOR_STEP:
         return "same", "within the allocator's step of 2 MiB"

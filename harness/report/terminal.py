@@ -65,6 +65,8 @@ def tell(found: Comparison, trend: Trend | None = None) -> str:
         parts.append("")
     if trend is not None:
         parts += [_tell_changes(trend), ""]
+    if found.undecided:
+        parts.append(f"undecided: {found.undecided}")
     return "\n".join([*parts, found.headline])
 
 

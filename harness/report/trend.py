@@ -152,7 +152,8 @@ class Tracer:
         self._runs: list[Run] = []
         self._series: dict[tuple[str, ...], Series] = {}
         self._ends: list[Report] = []
-        self._rows: dict[str, dict[tuple[str, ...], Mapping[str, Any]]] = {}
+        # By section, the series of each row of the last report, by the row's `id()`.
+        self._held: dict[str, dict[int, Series]] = {}
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -197,7 +198,9 @@ class Tracer:
         )
 
     def _at(self, key: tuple[str, ...], index: int, make: Any) -> Series:
-        found = self._series.get(key)
+        while (found := self._series.get(key)) and len(found.readings) > index:
+            # Taken in this run by another version of the same.
+            key = (*key, "again")
         if found is None:
             section, name, where, unit = make()
             found = Series(
@@ -237,19 +240,24 @@ class Tracer:
         self, before: Report | None, after: Report, *, section: str, barred: Key | None
     ) -> None:
         index, name = len(self._runs) - 1, SECTIONS[section]
-        right = rows_by_identity(after[section], versions=repeats(after[section]))
-        left, self._rows[section] = self._rows.get(section, {}), right
+        rows = before[section] if before else []
+        versions = repeats(rows) or repeats(after[section])
+        left = rows_by_identity(rows, versions=versions)
+        right = rows_by_identity(after[section], versions=versions)
+        held, self._held[section] = self._held.get(section, {}), {}
         value = seconds if section == "timings" else stored_value
         for key in dict.fromkeys([*left, *right]):
             old, new = left.get(key), right.get(key)
             either = new or old
             assert either is not None
-            one = self._at(
+            one = held.get(id(old)) or self._at(
                 (name, *key),
                 index,
                 lambda row=either: (name, title(row), place(row), row.get("unit")),
             )
             one.readings.append(value(new) if new else None)
+            if new:
+                self._held[section][id(new)] = one
             if before is None or (old and new and _unmoved(section, old, new)):
                 continue
             row: Row = cost_row(
