@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+from harness.adapter import Capabilities
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,7 +49,11 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """The case of a text form; raises `UsageError` on one that is none."""
+        """The case of a text form; raises `UsageError` on one that is none, or that cannot be made.
+
+        What is let through here is judged: a point that nobody could meet would be told as a failure
+        of the implementation.
+        """
         values: dict[str, object] = {}
         names = [item.name for item in fields(cls)]
         for part in filter(None, re.split(r",(?=[a-z]+=)", text)):
@@ -67,7 +73,14 @@ class Case:
                     values[name] = value
             except ValueError:
                 raise UsageError(f"--case {text!r}: {name} cannot be {value!r}") from None
-        return cls(**values)  # type: ignore[arg-type]  # each value was made to its field's type
+        case = cls(**values)  # type: ignore[arg-type]  # each value was made to its field's type
+        if (
+            wrong := _impossible(case)
+            if values
+            else "it is empty; give it as a failure record does"
+        ):
+            raise UsageError(f"--case {text!r}: {wrong}")
+        return case
 
     def matches(self, selector: Mapping[str, object]) -> bool:
         """Whether every field named by the selector has one of the values given for it."""
@@ -87,6 +100,45 @@ def _plain(value: object) -> str:
         return str(int(value))
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
+
+def _impossible(case: Case) -> str:
+    """What about the case means nothing, and what would; empty where it can be made."""
+    dtypes = Capabilities.KNOWN["dtypes"]
+    shape = "x".join(map(str, case.shape))
+    sizes = 4 if case.specimen in CONVOLUTIONS else 2
+    if not case.specimen:
+        return f"specimen is empty; give one of {', '.join(sorted(LAYER_SPECIMENS))}, or a model"
+    if case.dtype not in dtypes:
+        return f"dtype cannot be {case.dtype!r}; give one of {', '.join(dtypes)}"
+    if case.shape and case.specimen not in LAYER_SPECIMENS:
+        return f"shape is for layers, and {case.specimen} has its own; leave it out"
+    if case.shape and (len(case.shape) != sizes or min(case.shape) < 1):
+        example = "3x4x3x3" if sizes == 4 else "11x7"
+        return (
+            f"shape {shape} is not {sizes} sizes of at least 1 for {case.specimen}, say {example}"
+        )
+    if case.specimen == "grouped" and any(size % 2 for size in case.shape[:2]):
+        return f"shape {shape} is in two groups: give even numbers of channels, say 4x6x3x3"
+    if case.specimen in {"embedding", "tied"} and case.shape[:1] == (1,):
+        return f"shape {shape} has no room for the padding index 1: give at least 2 rows"
+    if case.r < 1:
+        return f"r must be at least 1, not {case.r}"
+    if not (case.alpha > 0 and math.isfinite(case.alpha)):
+        return f"alpha must be a positive number, not {case.alpha:g}"
+    if not 0 <= case.dropout < 1:
+        return f"dropout must be at least 0 and less than 1, not {case.dropout:g}"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", case.device):
+        return f"device cannot be {case.device!r}; give cpu, cuda or cuda:0"
+    if not 0 <= case.seed < SEEDS:
+        return f"seed must be from 0 to {SEEDS - 1}, not {case.seed}"
+    return ""
+
+
+SEEDS = 2**32
+"""How many seeds there are: NumPy takes no larger one."""
+
+CONVOLUTIONS = frozenset({"conv2d", "dilated", "grouped"})
+"""The specimens whose shape is that of a kernel."""
 
 LAYER_OF: dict[str, str] = {
     "embedding": "embedding",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
+import math
 import os
 import sys
 from importlib import import_module
@@ -10,10 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness._version import __version__
+from harness.case import SEEDS, Case
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from _typeshed import SupportsWrite
 
 EXIT_CODES = """\
 exit codes: 0 holds · 1 does not hold (a failed MUST, a worse row) · 2 wrong usage or unreadable input ·
@@ -25,21 +31,55 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Usage errors are one line and exit 2."""
-    args = parser().parse_args(argv)
+    _write_what_can_be_written()
+    name = "lora-harness"
     try:
+        try:
+            args = parser().parse_args(argv)
+        finally:
+            sys.stdout.flush()  # --help leaves here, and may have nowhere to go
+        name = f"lora-harness {args.command}"
         module, function = _COMMANDS[args.command]
         run: Callable[[argparse.Namespace], int] = getattr(import_module(module), function)
-        return run(args)
+        code = run(args)
+        sys.stdout.flush()
     except UsageError as error:
-        print(f"lora-harness {args.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"lora-harness {args.command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader, `head` say, has seen enough; nothing is left to tell it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
         return 0
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
+        _silence_stdout()
+        told = error.strerror or "no reason given"
+        print(
+            f"{name}: standard output cannot be written ({told}); send it elsewhere",
+            file=sys.stderr,
+        )
+        return 2
+    return code
+
+
+UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})
+"""What a system says where a stream it was writing can hold no more, or is gone."""
+
+
+def _write_what_can_be_written() -> None:
+    """Let a terminal without Unicode show `?` for what it lacks, rather than end the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _silence_stdout() -> None:
+    """Send what is still buffered nowhere, or the interpreter would try once more as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _COMMANDS = {
@@ -59,6 +99,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]  # it exits, as the original
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """Write it or raise: help that could not be written was not given."""
+        (file or sys.stderr).write(message)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -161,7 +205,12 @@ def _check_arguments(p: argparse.ArgumentParser) -> None:
         default="core",
         help="how much to judge (default: core)",
     )
-    p.add_argument("--case", help="judge at this one case, as a failure record gives it")
+    p.add_argument(
+        "--case",
+        action=_At,
+        metavar="NAME=VALUE,...",
+        help="judge at this one case, as a failure record gives it",
+    )
     p.add_argument("--model", help="in the place of the Phi-3 specimens")
     p.add_argument("--device", help="cpu or cuda")
     p.add_argument(
@@ -171,7 +220,7 @@ def _check_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--seed",
-        type=int,
+        type=_seed,
         default=0,
         help="other weights, factors and inputs; the verdict must not depend on it",
     )
@@ -188,7 +237,7 @@ def _check_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--limit",
-        type=float,
+        type=_seconds,
         default=60.0,
         metavar="SECONDS",
         help="the most one spec may take (default: 60)",
@@ -245,7 +294,7 @@ def _bench_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--budget", metavar="SIZE", help="memory a cell may take of the card")
     p.add_argument(
         "--limit",
-        type=float,
+        type=_seconds,
         default=600.0,
         metavar="SECONDS",
         help="the most one cell may take (default: 600)",
@@ -281,6 +330,50 @@ def _plan_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--checkpointing", type=_names("off", "on"), default=["off", "on"])
     p.add_argument("--quantization", type=_names("none", "nf4"), default=["none", "nf4"])
     _json(p)
+
+
+class _At(argparse.Action):
+    """`--case`: looked at before anything is started; its device has to be here, as --device's has."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,  # noqa: ARG002  # argparse gives it
+    ) -> None:
+        try:
+            case = Case.parse(str(values))
+        except UsageError as error:
+            parser.error(str(error))
+        namespace.case = str(values)
+        if case.device != "cpu":
+            namespace.device = case.device
+
+
+def _seed(text: str) -> int:
+    """A seed that every generator takes."""
+    seed = int(text) if text.isdecimal() else -1
+    if not 0 <= seed < SEEDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {SEEDS - 1}")
+    return seed
+
+
+def _seconds(text: str) -> float:
+    """A time to wait, no longer than a system can."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= LONGEST:
+        raise argparse.ArgumentTypeError(
+            f"seconds must be more than 0 and at most {LONGEST:.0f}, not {text!r}"
+        )
+    return seconds
+
+
+LONGEST = 1e6
+"""Seconds, eleven days."""
 
 
 def _numbers(text: str) -> list[int]:
