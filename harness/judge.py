@@ -257,9 +257,9 @@ class Judge:
             result.outcome = "failed" if open_ones else "known"
             result.notes += [f"known: {e.reason} ({e.url})" for e in entries if id(e) in used]
         lost = any(failure.kind in {"hang", "crash"} for failure in result.failures)
-        complete = self._points.own and result.outcome != "not_run" and not lost
+        complete = self._points.own and result.outcome != "not_run"
         for entry in entries:
-            untrue = _untrue(entry, cases, used=id(entry) in used) if complete else ""
+            untrue = _untrue(entry, cases, used=lost or id(entry) in used) if complete else ""
             if untrue:
                 result.outcome = "failed"
                 result.failures.append(
