@@ -16,6 +16,7 @@ import pytest
 import report_samples as samples
 from report_mutants import mutants
 
+from harness.cli import main
 from harness.errors import UsageError
 from harness.report import schema as schema_module
 from harness.report.schema import SCHEMA_VERSION, Recorder, parse, read, schema
@@ -209,6 +210,62 @@ def test_a_lone_surrogate_is_made_printable(path):
     path.write_text(json.dumps(samples.check(label="a\ud800b")))
 
     assert read(path)["label"].encode() == b"a\xef\xbf\xbdb"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        json.dumps(samples.check(label="@")).encode().replace(b"@", b"a\xed\xa0\x80b"),
+        json.dumps(samples.check(label="a\ud800b")).encode("utf-16"),
+        json.dumps(samples.check(label="a\ud800b"), ensure_ascii=False).encode(
+            "utf-16-le", "surrogatepass"
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_a_surrogate_in_any_encoding_is_made_printable(tmp_path, capsys, data, command):
+    """Raw in UTF-8, or in UTF-16: pages and Markdown are written all the same."""
+    paths = [*samples.write(tmp_path, samples.check("old")), tmp_path / "new.json"]
+    paths[1].write_bytes(data)
+    reports = paths if command == "compare" else paths[1:]
+
+    page = tmp_path / "page.html"
+    assert main([command, *map(str, reports), "--html", str(page)]) == 0
+    assert main([command, *map(str, reports), "--markdown", "-"]) == 0
+    capsys.readouterr().out.encode()
+    assert read(paths[1])["label"] == "a\ufffdb"
+
+
+@pytest.mark.parametrize("option", ["--html", "--json", "--markdown"])
+@pytest.mark.parametrize("target", ["/", "loop/page", "a\0b"])
+def test_a_path_that_is_no_files_is_told(tmp_path, capsys, option, target):
+    """The root, a loop of links and a name with a NUL end in one line and exit 2."""
+    (tmp_path / "loop").symlink_to("loop")
+    paths = map(str, samples.write(tmp_path, samples.small("old"), samples.small("new")))
+
+    assert main(["compare", *paths, option, str(tmp_path / target)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be written (" in line
+    assert line.endswith("); give a path that can")
+
+
+@pytest.mark.parametrize(
+    ("option", "begins"),
+    [("--html", "<!doctype html>"), ("--markdown", "## "), ("--json", '{"schema_version": 1')],
+)
+def test_a_pipe_gets_the_whole_text_once(tmp_path, option, begins):
+    """/dev/stdout in a pipeline and a FIFO are written to, a growing report when it is done."""
+    paths = samples.write(tmp_path, samples.small("old"), samples.small("new"))
+    command = [sys.executable, "-m", "harness.cli", "compare", *map(str, paths), option]
+    said = subprocess.run([*command, "/dev/stdout"], capture_output=True, text=True, check=True)
+    assert said.stdout.count(begins) == 1
+
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with subprocess.Popen([*command, str(fifo)], stdout=subprocess.DEVNULL) as process:
+        text = fifo.read_text(encoding="utf-8")
+    assert process.returncode == 0
+    assert text.startswith(begins)
 
 
 def test_the_schema_is_valid_and_takes_every_sample():

@@ -19,6 +19,7 @@ import math
 import os
 import re
 import secrets
+import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -193,28 +194,32 @@ class Recorder:
             body = "\n  " + ",\n  ".join(rows) + "\n " if rows else ""
             members.append(f'"{name}": [{body}]')
         text = "{" + ",\n ".join(members) + "}\n"
-        replace(self.path, text, durable=durable)
+        replace(self.path, text, durable=durable, draft=not durable)
 
 
-def replace(path: Path, text: str, *, durable: bool = False) -> None:
+def replace(path: Path, text: str, *, durable: bool = False, draft: bool = False) -> None:
     """Put the text at the path at once: a reader finds the old file or the new one, whole.
 
     Args:
         path: the file; missing folders are made.
         text: what it holds afterwards.
         durable: wait until it would outlast the machine's power.
+        draft: more will follow; a pipe or a device, which keeps all it gets, waits for the last.
 
     Raises:
         UsageError: it cannot be written.
     """
-    path = path.resolve()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part: Path | None = None
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
-            # A pipe or a device is written to, never replaced by a file.
-            if durable:
+            # A pipe or a device is written to, never replaced by a file, and goes by the name given:
+            # what /dev/stdout resolves to has no name of its own.
+            if not draft:
+                sys.stdout.flush()
                 path.write_text(text, encoding="utf-8")
             return
+        path = path.resolve()
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -222,12 +227,13 @@ def replace(path: Path, text: str, *, durable: bool = False) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise UsageError(
-            f"{path}: cannot be written ({error.strerror}); give a path that can"
-        ) from None
+    except (OSError, ValueError, RuntimeError) as error:
+        # Some paths are no file's name, and before Python 3.13 a loop of links is a RuntimeError.
+        if part is not None:
+            with suppress(OSError):
+                part.unlink()
+        told = getattr(error, "strerror", None) or first_line(error)
+        raise UsageError(f"{path}: cannot be written ({told}); give a path that can") from None
 
 
 def read(path: str | os.PathLike[str]) -> Report:

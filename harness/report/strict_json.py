@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
+_SURROGATE = re.compile(r"\\u[dD]|[\ud800-\udfff]")
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
@@ -20,10 +22,10 @@ def loads(data: bytes) -> Any:
         ValueError: not JSON, or with a number that no float or no sane integer holds.
         RecursionError: nested too deeply.
     """
-    value = json.loads(data, parse_constant=_constant, parse_float=_float, parse_int=_int)
-    if b"\\ud" in data or b"\\uD" in data:
-        return _without_surrogates(value)
-    return value
+    # Surrogates are let through here, raw ones in UTF-8 too, and are mended below.
+    text = data.decode(json.detect_encoding(data), "surrogatepass")
+    value = json.loads(text, parse_constant=_constant, parse_float=_float, parse_int=_int)
+    return _without_surrogates(value) if _SURROGATE.search(text) else value
 
 
 def dumps(value: object) -> str:
