@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import re
+import zipfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -25,15 +28,17 @@ PLAIN = "adapter.safetensors"
 PICKLED = "adapter.pt"
 
 
-def write(state: Mapping[str, Tensor], folder: Path) -> None:
+def write(state: Mapping[str, Tensor | float], folder: Path) -> None:
     """Write both forms into `folder`, each replaced at once or not at all.
 
-    Raises UsageError where the disk is full or the folder cannot be written.
+    A number becomes a tensor without dimensions, which both forms can hold. Raises UsageError where the disk is full or the folder cannot be written.
     """
     from safetensors.torch import save_file
 
     # Detached copies: safetensors refuses tensors that share storage, and a checkpoint holds numbers.
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    tensors = {
+        key: _tensor(value).detach().cpu().contiguous().clone() for key, value in state.items()
+    }
     with told(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in (PLAIN, PICKLED):
@@ -48,12 +53,25 @@ def write(state: Mapping[str, Tensor], folder: Path) -> None:
                 part.unlink(missing_ok=True)
 
 
+def _tensor(value: Tensor | float) -> Tensor:
+    """A tensor as it is; a number whole."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+
+
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of an adapter checkpoint: a folder of ours, a `.safetensors` file, or a pickle.
 
     Raises UsageError on a file that is missing, cut short, empty of tensors, or a pickle that holds
     anything but tensors (which is never unpickled).
     """
+    try:
+        path.exists()
+    except OSError as error:  # a name that no disk takes
+        raise UsageError(
+            f"checkpoint {str(path)[:60]}…: {error.strerror}; check the path"
+        ) from error
     if path.is_dir():
         found = next((path / name for name in (PLAIN, PICKLED) if (path / name).is_file()), None)
         if found is None:
@@ -84,6 +102,24 @@ def read(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def check_whole(folder: Path) -> None:
+    """Raise UsageError where a checkpoint that is to be gone on with is cut short."""
+    bad = [
+        name
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+        if (folder / name).is_file() and not zipfile.is_zipfile(folder / name)
+    ]
+    try:
+        json.loads((folder / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        bad.append("trainer_state.json")
+    if bad:
+        raise UsageError(
+            f"checkpoint {folder}: {bad[0]} is damaged; remove this checkpoint to go on from the one "
+            "before, or start afresh with --overwrite"
+        )
+
+
 def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
     """A fingerprint of every tensor's bits, shape and dtype, by name."""
     found = {}
@@ -103,7 +139,7 @@ def base_keys(base: Mapping[str, str], injected: Mapping[str, str]) -> dict[str,
     one with the same bits is meant, then the shortest. A tensor without any is left out.
     """
     found = {}
-    parts = {key: key.split(".") for key in injected}
+    parts = {key: _plain(key).split(".") for key in injected}
     by_last: dict[str, list[str]] = {}
     for key, words in parts.items():
         by_last.setdefault(words[-1], []).append(key)
@@ -117,6 +153,11 @@ def base_keys(base: Mapping[str, str], injected: Mapping[str, str]) -> dict[str,
         if candidates := same or inside:
             found[name] = min(candidates, key=len)
     return found
+
+
+def _plain(key: str) -> str:
+    """A key as it was before torch's own parametrisation moved the tensor."""
+    return re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", key)
 
 
 def _in_order(words: list[str], among: list[str]) -> bool:
