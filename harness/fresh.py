@@ -29,6 +29,9 @@ LIMIT = 50
 LIBRARIES = ("torch", "transformers.modeling_utils", "accelerate", "bitsandbytes")
 """What the server imports so that no child has to: what takes long, of what implementations import."""
 
+ADAPTER = ""
+"""The name by which a fresh process finds the implementation on trial here; none where it is an object."""
+
 HASH_SEEDS = ("1729", "1")
 """The server's hash seed: the first, or the second where this process has the first."""
 

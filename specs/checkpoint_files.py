@@ -1,4 +1,4 @@
-"""What is written to disk and read again, by this process and by a fresh one."""
+"""What is written to disk, and what `load` makes of it in the process that wrote it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ from harness.spec import spec
 from harness.specs.checkpoint import GUIDE, disturb, kept, same_factors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from harness.trial import Trial
-
-NAMES = ("v_proj", "qkv_proj", "foo", "foobar", "weight_proj", "lora_gate")
-"""Six names: a set of them keeps its order under another hash seed once in 720 times."""
 
 
 @spec(
@@ -49,8 +45,9 @@ def safe_file(trial: Trial) -> None:
                 actual=f"{problem}; safetensors: {type(error).__name__}: {error}"[:300],
             )
     if trial.claims("save"):
-        trial.adapter.save(model, folder / "saved")  # type: ignore[attr-defined]  # claimed
-        for path in sorted((folder / "saved").rglob("*")):
+        saved = trial.folder()
+        trial.adapter.save(model, saved)  # type: ignore[attr-defined]  # claimed
+        for path in sorted(saved.rglob("*")):
             problem = _unreadable(path)
             if problem:
                 fail("value", expected="`save` writes safe files", actual=problem, where=path.name)
@@ -144,6 +141,62 @@ def save_restores_settings(trial: Trial) -> None:
 
 
 @spec(
+    "checkpoint/save-restores-biases",
+    claim="Biases that train MUST be in what `save` writes, and in what `load` gives back.",
+    why="A bias that is trained and not saved is the base's again after a reload, in silence.",
+    source=(
+        "BUGS 43",
+        "https://github.com/huggingface/peft/issues/3306",
+        "https://github.com/huggingface/peft/pull/3490",
+    ),
+    features=("save",),
+    needs=("checkpoint/save-restores-settings", "trainable/bias-modes"),
+    cases=(Case(specimen="stack", way="lora_only"), Case(specimen="stack", way="all")),
+)
+def save_restores_biases(trial: Trial) -> None:
+    """Give every trained bias another value, save, load into a bare base, and compare outputs."""
+    mode = trial.case.way
+    if not trial.claims(mode):
+        trial.notes.append(f"bias={mode!r} is not claimed")
+        return
+    given, folder = trial.inputs(), trial.folder()
+    model = trial.inject(config=trial.config(bias=mode))
+    disturb(model, seed=1)
+    trial.randomize(model)
+    want = trial.call(model, given)
+    trial.adapter.save(model, folder)  # type: ignore[attr-defined]  # the feature brings it
+    loaded = trial.adapter.load(trial.base(), folder)  # type: ignore[attr-defined]  # likewise
+    trial.unmerged(loaded)
+    trial.same_bits(trial.call(loaded, given), want, f"output after save and load, bias={mode!r}")
+
+
+@spec(
+    "checkpoint/save-same-merged-or-not",
+    claim="What `save` writes while merged MUST load as the adapter that was merged; or `save` raises.",
+    why="An adapter saved during evaluation, merged, would add its update twice when it is loaded.",
+    source=("BUGS P-7", "https://github.com/huggingface/peft/issues/2105"),
+    features=("merge", "save"),
+    needs=("checkpoint/save-restores-settings", "checkpoint/same-merged-or-not"),
+    cases=(Case(),),
+)
+def save_same_merged_or_not(trial: Trial) -> None:
+    """Merge, save, load into a bare base, and compare outputs with the equation."""
+    base, given, folder = trial.base(), trial.inputs(), trial.folder()
+    model = trial.adapted()
+    factors = trial.snapshot(model)
+    truth, budget = trial.truth(base, factors, given), trial.budget(base, factors, given)
+    trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
+    try:
+        trial.adapter.save(model, folder)  # type: ignore[attr-defined]  # likewise
+    except Exception as error:  # noqa: BLE001  # refusing is right
+        trial.notes.append(f"`save` while merged is refused: {type(error).__name__}")
+        return
+    loaded = trial.adapter.load(trial.base(), folder)  # type: ignore[attr-defined]  # likewise
+    trial.unmerged(loaded)
+    trial.close(trial.call(loaded, given), truth, budget, "output after save while merged and load")
+
+
+@spec(
     "checkpoint/load-trainability",
     claim="`load` MUST give an adapter that trains exactly if asked to, and a base that never does.",
     why="A resumed run that trains nothing looks like one that has converged.",
@@ -205,129 +258,3 @@ def load_keeps_mode(trial: Trial) -> None:
             actual=f"{len(wrong)} modules are in the other",
             where=wrong[0] or "the model itself",
         )
-
-
-# -- a fresh process -------------------------------------------------------------------------------
-
-
-@spec(
-    "checkpoint/fresh-process",
-    claim="A checkpoint MUST give the same outputs, bit for bit, in a process that never saw the model.",
-    why="Nobody deploys from the process that trained; what lives in memory alone is lost.",
-    source=("BUGS section 6.8; P3", GUIDE),
-    needs=("checkpoint/two-stage-load", "checkpoint/safe-file"),
-    cases=(Case(specimen="bare"),),
-    fresh=True,
-)
-def fresh_process(trial: Trial) -> None:
-    """Write the checkpoint, load it in a child, and compare the child's outputs."""
-    import torch
-
-    folder, given = trial.folder(), trial.inputs()
-    model = trial.adapted()
-    torch.save(kept(trial, model), folder / "state.pt")
-    want = trial.call(model, given)
-    _in_a_fresh_process(trial, folder, _load_and_call)
-
-    found = torch.load(folder / "output.pt", weights_only=True)
-    trial.same_bits(found, want, "output of a fresh process")
-
-
-def _load_and_call(trial: Trial, folder: Path) -> None:
-    """In the child."""
-    import torch
-
-    model = trial.inject(seed=1)
-    state = torch.load(folder / "state.pt", weights_only=False)  # its own file, of a minute ago
-    trial.adapter.load_state_dict(model, state)
-    torch.save(trial.call(model, trial.inputs()), folder / "output.pt")
-
-
-@spec(
-    "checkpoint/same-bytes-under-another-hash-seed",
-    claim="`save` SHOULD write the same bytes for the same adapter, whatever the hash seed.",
-    why="Files that differ from run to run defeat checksums, caches and review.",
-    source=(
-        "BUGS 74: peft's target_modules are a set",
-        "https://docs.python.org/3/using/cmdline.html#envvar-PYTHONHASHSEED",
-    ),
-    features=("save",),
-    needs=("checkpoint/save-restores-settings",),
-    cases=(Case(specimen="stack"),),
-    fresh=True,
-)
-def same_bytes_under_another_hash_seed(trial: Trial) -> None:
-    """Save the same factors here and in a child under another hash seed."""
-    folder = trial.folder()
-    _save_many_names(trial, folder / "here")
-    _in_a_fresh_process(trial, folder, _save_there)
-
-    here, there = _contents(folder / "here"), _contents(folder / "there")
-    differing = sorted(
-        name for name in here.keys() | there.keys() if here.get(name) != there.get(name)
-    )
-    if differing:
-        fail(
-            "value",
-            expected="the same bytes in every file",
-            actual=f"{len(differing)} of {len(here)} files differ: {', '.join(differing)}",
-            where=differing[0],
-        )
-
-
-def _save_many_names(trial: Trial, folder: Path) -> None:
-    model = trial.adapted(config=trial.config(target_modules=NAMES))
-    trial.adapter.save(model, folder)  # type: ignore[attr-defined]  # the feature brings it
-
-
-def _save_there(trial: Trial, folder: Path) -> None:
-    """In the child."""
-    _save_many_names(trial, folder / "there")
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def _in_a_fresh_process(trial: Trial, folder: Path, act: Callable[[Trial, Path], None]) -> None:
-    """`act(trial, folder)` in a process that has met no implementation."""
-    import pickle
-
-    from harness import fresh
-    from harness.failure import NotRun
-
-    try:
-        (folder / "adapter.pkl").write_bytes(pickle.dumps(trial.adapter))
-    except Exception as error:  # noqa: BLE001  # pickle raises whatever the object does
-        raise NotRun(f"the adapter cannot be sent to a fresh process: {error}") from None
-    problem = fresh.call(__name__, "child", str(folder), str(trial.case), act.__name__)
-    if problem.startswith(_Unreachable.__name__):
-        raise NotRun(f"the adapter cannot be had in a fresh process: {problem}")
-    if problem:
-        fail("raised", expected="it works in a fresh process", actual=problem)
-
-
-class _Unreachable(Exception):  # noqa: N818  # it says of the adapter where it lies
-    """An adapter whose class a fresh process cannot import: one of a script's own, say."""
-
-
-def child(folder: str, case: str, act: str) -> None:
-    """What the fresh process runs: one of this file's functions, on a trial of its own."""
-    import pickle
-    from pathlib import Path
-
-    import torch
-
-    from harness.trial import Trial
-
-    torch.set_num_threads(1)
-    try:
-        adapter = pickle.loads((Path(folder) / "adapter.pkl").read_bytes())  # noqa: S301  # written a moment ago
-    except (AttributeError, ImportError) as error:
-        raise _Unreachable(error) from None
-    known = {function.__name__: function for function in (_load_and_call, _save_there)}
-    known[act](Trial(adapter, Case.parse(case)), Path(folder))

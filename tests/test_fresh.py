@@ -4,12 +4,51 @@ from __future__ import annotations
 
 import sys
 
-from harness import fresh
+from harness import fresh, worker
+from harness.adapters.reference import Reference
+from harness.spec import catalogue
 
 
 def test_a_call_that_works_says_nothing():
     """Nothing is said where nothing went wrong."""
     assert fresh.call("os.path", "abspath", ".") == ""
+
+
+def _judged(adapter):
+    item = catalogue()["checkpoint/fresh-process"]
+    return worker.judge(adapter, item, item.cases[0])
+
+
+def test_an_implementation_with_a_name_is_made_there_by_it(monkeypatch):
+    """One that cannot be pickled is judged all the same: its factory is called there."""
+
+    class Local(Reference):
+        pass
+
+    monkeypatch.setattr(fresh, "ADAPTER", "reference")
+    broken, margins, notes = _judged(Local())
+
+    assert (broken, notes) == (None, [])
+    assert margins
+
+
+def test_one_that_is_an_object_and_cannot_go_there_is_not_to_blame():
+    """The contract asks for no pickle: a note says that nothing was judged."""
+
+    class Local(Reference):
+        pass
+
+    broken, margins, notes = _judged(Local())
+
+    assert (broken, margins) == (None, [])
+    assert "give pkg.module:factory" in notes[0]
+
+
+def test_what_a_factory_refuses_there_is_told(monkeypatch):
+    """A name that makes nothing in a fresh process is a failure."""
+    monkeypatch.setattr(fresh, "ADAPTER", "reference_of_nobody")
+
+    assert "no such name" in str(_judged(Reference())[0])
 
 
 def test_an_exception_is_told_in_one_line():

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from harness.adapter import Adapter
 
 SETTINGS = "checkpoint/save-restores-settings"
-TRAINS = "checkpoint/load-trainability"
-MODE = "checkpoint/load-keeps-mode"
+BIASES = "checkpoint/save-restores-biases"
 
 
 class Pickles(Reference):
@@ -195,80 +194,75 @@ def loads_onto_the_base_it_remembers() -> Adapter:
     return OwnBase()
 
 
-class Opposite(Reference):
+class SavesBiases(Reference):
+    """Saves the trained biases that `chosen` names, and reads what there is."""
+
+    def chosen(self, model: nn.Module, key: str) -> bool:
+        """Whether the bias of that name is saved."""
+        raise NotImplementedError
+
+    def save(self, model: nn.Module, directory: Path) -> None:
+        biases = self.biases(model)
+        state = {
+            key: tensor
+            for key, tensor in self.state_dict(model).items()
+            if key not in biases or self.chosen(model, key)
+        }
+        settings.write(directory, self.config(model), state)
+
     def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
-        return super().load(base, directory, trainable=True)
-
-
-@fault(
-    sin="An adapter loaded for inference is trainable.",
-    killed_by=TRAINS,
-    replays=("54", "142"),
-    varies="load with trainable=False",
-)
-def loads_an_adapter_that_trains_unasked() -> Adapter:
-    return Opposite()
-
-
-class Frozen(Reference):
-    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
-        return super().load(base, directory, trainable=False)
-
-
-@fault(
-    sin="An adapter loaded to be trained on is frozen.",
-    killed_by=TRAINS,
-    replays=("56",),
-    varies="load with trainable=True",
-)
-def loads_a_frozen_adapter_to_train() -> Adapter:
-    return Frozen()
-
-
-class Thaws(Reference):
-    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
-        model = super().load(base, directory, trainable=trainable)
-        return model.requires_grad_(trainable)
-
-
-@fault(
-    sin="Loading to train on frees the base, too.",
-    killed_by=TRAINS,
-    replays=("58",),
-    varies="load with trainable=True",
-)
-def loading_frees_the_base() -> Adapter:
-    return Thaws()
-
-
-class Eval(Reference):
-    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
-        return super().load(base, directory, trainable=trainable).eval()
-
-
-@fault(
-    sin="Loading always ends in eval mode: training goes on without dropout.",
-    killed_by=MODE,
-    replays=("55",),
-    varies="a base in train mode",
-)
-def loading_ends_in_eval_mode() -> Adapter:
-    return Eval()
-
-
-class LeftInTrain(Reference):
-    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
-        model = super().load(base, directory, trainable=trainable)
-        for layer in self.layers(model).values():
-            layer.adapters.train()
+        config, state = settings.read(directory)
+        model = self.inject(base, config)
+        self.load_state_dict(model, self.state_dict(model) | state)
+        self.state(model).trainable["default"] = trainable
+        self.set_trainability(model)
         return model
 
 
+class NotOfLayers(SavesBiases):
+    def chosen(self, model: nn.Module, key: str) -> bool:
+        return self.config(model).bias == "all"
+
+
 @fault(
-    sin="The loaded adapter's own modules are left in train mode: dropout acts at inference.",
-    killed_by=MODE,
-    replays=("54", "119"),
-    varies="a base in eval mode",
+    sin="Under lora_only the biases are trained, and not in the file.",
+    killed_by=BIASES,
+    replays=("43",),
+    varies="bias lora_only, and a file",
 )
-def loading_leaves_the_adapter_in_train_mode() -> Adapter:
-    return LeftInTrain()
+def saves_no_bias_of_its_layers() -> Adapter:
+    return NotOfLayers()
+
+
+class OfLayersAlone(SavesBiases):
+    def chosen(self, model: nn.Module, key: str) -> bool:
+        return key.rsplit(".", 1)[0] in self.layers(model)
+
+
+@fault(
+    sin="Of all the biases that are trained the file has those of the adapted layers.",
+    killed_by=BIASES,
+    replays=("43",),
+    varies="bias all, and a file",
+)
+def saves_the_biases_of_its_layers_alone() -> Adapter:
+    return OfLayersAlone()
+
+
+class FilesTwice(Reference):
+    def save(self, model: nn.Module, directory: Path) -> None:
+        merged = any(layer.kept for layer in self.layers(model).values())
+        state = {
+            k: 2 * t if merged and "lora_B" in k else t for k, t in self.state_dict(model).items()
+        }
+        settings.write(directory, self.config(model), state)
+
+
+@fault(
+    sin="A file that is written while merged counts the update twice.",
+    killed_by="checkpoint/save-same-merged-or-not",
+    replays=("P-7",),
+    varies="`save` while merged",
+)
+def files_the_update_twice_while_merged() -> Adapter:
+    return FilesTwice()

@@ -1,0 +1,97 @@
+"""Adapters that load what was saved, and leave it in the wrong mode or trainability."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from harness.adapters.reference import Reference
+from harness.faults.record import fault
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from harness.adapter import Adapter
+
+TRAINS = "checkpoint/load-trainability"
+MODE = "checkpoint/load-keeps-mode"
+
+
+class Opposite(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        return super().load(base, directory, trainable=True)
+
+
+@fault(
+    sin="An adapter loaded for inference is trainable.",
+    killed_by=TRAINS,
+    replays=("54", "142"),
+    varies="load with trainable=False",
+)
+def loads_an_adapter_that_trains_unasked() -> Adapter:
+    return Opposite()
+
+
+class Frozen(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        return super().load(base, directory, trainable=False)
+
+
+@fault(
+    sin="An adapter loaded to be trained on is frozen.",
+    killed_by=TRAINS,
+    replays=("56",),
+    varies="load with trainable=True",
+)
+def loads_a_frozen_adapter_to_train() -> Adapter:
+    return Frozen()
+
+
+class Thaws(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        model = super().load(base, directory, trainable=trainable)
+        return model.requires_grad_(trainable)
+
+
+@fault(
+    sin="Loading to train on frees the base, too.",
+    killed_by=TRAINS,
+    replays=("58",),
+    varies="load with trainable=True",
+)
+def loading_frees_the_base() -> Adapter:
+    return Thaws()
+
+
+class Eval(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        return super().load(base, directory, trainable=trainable).eval()
+
+
+@fault(
+    sin="Loading always ends in eval mode: training goes on without dropout.",
+    killed_by=MODE,
+    replays=("55",),
+    varies="a base in train mode",
+)
+def loading_ends_in_eval_mode() -> Adapter:
+    return Eval()
+
+
+class LeftInTrain(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        model = super().load(base, directory, trainable=trainable)
+        for layer in self.layers(model).values():
+            layer.adapters.train()
+        return model
+
+
+@fault(
+    sin="The loaded adapter's own modules are left in train mode: dropout acts at inference.",
+    killed_by=MODE,
+    replays=("54", "119"),
+    varies="a base in eval mode",
+)
+def loading_leaves_the_adapter_in_train_mode() -> Adapter:
+    return LeftInTrain()
