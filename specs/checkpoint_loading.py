@@ -97,7 +97,9 @@ def two_stage_load(trial: Trial) -> None:
     import torch
 
     base, given, way = trial.base(), trial.inputs(), trial.case.way
-    if way in {"merged", "after-cycle"} and not trial.claims("unmerge"):
+    asks = {"merged": "merge", "after-cycle": "unmerge"}.get(way, "")
+    if asks and not trial.claims(asks):
+        trial.notes.append(f"{asks} is not claimed")
         return
     source = trial.adapted()
     factors, state = trial.snapshot(source), kept(trial, source)
@@ -122,7 +124,8 @@ def two_stage_load(trial: Trial) -> None:
     trial.close(trial.call(model, given), truth, budget, f"output after loading, {way}")
     _leave(trial, model, way)
     trial.close(trial.call(model, given), truth, budget, f"output after loading, then left {way}")
-    if trial.claims("merge"):
+    still = way == "merged" and not trial.claims("unmerge")
+    if trial.claims("merge") and not still:
         trial.adapter.merge(model)  # type: ignore[attr-defined]  # claimed
         trial.close(trial.call(model, given), truth, budget, "output after loading and merging")
 
@@ -152,6 +155,8 @@ def _enter(trial: Trial, model: nn.Module, way: str) -> None:
 def _leave(trial: Trial, model: nn.Module, way: str) -> None:
     adapter: Any = trial.adapter
     if way == "merged":
+        if not trial.claims("unmerge"):
+            return
         adapter.unmerge(model)
     trial.unmerged(model)
 
@@ -196,14 +201,35 @@ def base_keys_kept(trial: Trial) -> None:
         "https://github.com/huggingface/diffusers/issues/10187",
     ),
     needs=("checkpoint/round-trip-bits",),
-    cases=tuple(
-        Case(way=way) for way in ("prefix", "missing", "extra", "rank", "shape", "row", "empty")
+    cases=(
+        *(Case(way=way) for way in ("prefix", "missing", "extra", "rank", "shape", "row", "empty")),
+        Case(specimen="stack", way="modules_to_save"),
     ),
 )
 def misfit_is_loud(trial: Trial) -> None:
-    """Load seven kinds of misfits."""
+    """Load seven kinds of misfits, and a checkpoint that lacks a whole module."""
+    if trial.case.way == "modules_to_save":
+        _whole_module_missing(trial)
+        return
     model = trial.adapted()
-    state = _misfit(trial, kept(trial, model))
+    _refused(trial, model, _misfit(trial, kept(trial, model)))
+
+
+def _whole_module_missing(trial: Trial) -> None:
+    """Leave out all that the checkpoint has by virtue of `modules_to_save`."""
+    if not trial.claims("modules_to_save"):
+        trial.notes.append("modules_to_save is not claimed")
+        return
+    model = trial.adapted(config=trial.config(modules_to_save=("lm_head",)))
+    without, state = kept(trial, trial.inject()), kept(trial, model)
+    fewer = {key: value for key, value in state.items() if key in without}
+    if fewer.keys() == state.keys():
+        trial.notes.append("vacuous: modules_to_save adds no key to the checkpoint")
+        return
+    _refused(trial, model, fewer)
+
+
+def _refused(trial: Trial, model: nn.Module, state: dict[str, Any]) -> None:
     try:
         trial.adapter.load_state_dict(model, state)
     except Exception:  # noqa: BLE001  # that is what is asked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,6 +154,26 @@ def loads_while_merged() -> Adapter:
     return Loads()
 
 
+class LoadsForGood(Reference):
+    capabilities = replace(
+        Reference.capabilities, features=Reference.capabilities.features - {"unmerge"}
+    )
+
+    def require_unmerged(self, model: nn.Module, verb: str) -> None:
+        if verb != "load":
+            super().require_unmerged(model, verb)
+
+
+@fault(
+    sin="What cannot be unmerged takes a checkpoint while merged, and goes on with the old update.",
+    killed_by="checkpoint/two-stage-load",
+    replays=("46",),
+    varies="a load while merged, without unmerge",
+)
+def loads_while_merged_for_good() -> Adapter:
+    return LoadsForGood()
+
+
 class Renames(Adapted):
     def _load_from_state_dict(self, *args: Any) -> None:
         nn.Module._load_from_state_dict(self, *args)
@@ -223,6 +244,22 @@ class Stretches(Reference):
 )
 def stretches_a_row() -> Adapter:
     return Stretches()
+
+
+class KeepsWhole(Reference):
+    def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        own = {key: tensor.detach() for key, tensor in self.whole_tensors(model).items()}
+        super().load_state_dict(model, own | state)
+
+
+@fault(
+    sin="A module to be trained whole that the checkpoint has not stays as it was.",
+    killed_by="checkpoint/misfit-is-loud",
+    replays=("29",),
+    varies="modules_to_save, and a checkpoint without it",
+)
+def lets_a_whole_module_be_missing() -> Adapter:
+    return KeepsWhole()
 
 
 class WritesFirst(Reference):
