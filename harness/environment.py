@@ -211,9 +211,10 @@ def _gpus() -> list[dict[str, Any]]:
         return _gpus_of_torch()
     gpus = []
     for line in said.splitlines():
-        name, driver, *values = (cell.strip() for cell in line.split(","))
-        if len(values) != len(_GPU_FACTS):
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) != 2 + len(_GPU_FACTS):  # words such as "No devices were found"
             continue
+        name, driver, *values = cells
         gpu: dict[str, Any] = {"name": name, "driver": driver}
         for (fact, _, unit), text in zip(_GPU_FACTS, values, strict=True):
             try:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from harness.cli import main
+from harness.cli import main, parser
 from harness.errors import UsageError
-from harness.measure import claims
+from harness.measure import claims, process, resume
+from harness.measure.bench import _excused
+from harness.measure.bench import command as bench_command
 from harness.measure.cell import Cell, grid
-from harness.report.schema import read
+from harness.measure.counters import counting
+from harness.report import schema
+from harness.report.schema import Recorder, read
 
 AXES = {
     "adapter": ["peft", "loralib"],
@@ -24,6 +31,8 @@ AXES = {
     "sequence": [64],
     "checkpointing": [False],
 }
+
+CELLS = [Cell(adapter="base", r=0), Cell(adapter="full", r=0), Cell(adapter="peft")]
 
 KILLER = """
 import os, signal
@@ -70,6 +79,20 @@ def test_a_grid_with_no_cell_is_wrong_usage(axis):
             "--budget: 'much' is no size; write one such as 8GiB, 500MB or 1024",
         ),
         (["--resume"], "--resume: needs the report to go on with; give it as --json PATH"),
+        (["--threads", "0"], "--threads: 0; give a whole number from 1 on"),
+        (["--repeats", "0"], "--repeats: 0; give a whole number from 1 on"),
+        (["--device", "mps"], "--device mps: a bench knows cpu and cuda; give one of them"),
+        (["--aa", "--adapter", ""], "--adapter: is empty; give --aa one value"),
+        (["--aa", "--rank", ""], "--rank: is empty; give --aa one value"),
+        (["--aa", "--rank", "2,4"], "--rank 2,4: --aa times one point; give one value"),
+        (
+            ["--against", "peft", "--repeats", "3"],
+            "--repeats: is of the grid, not of a pair; leave it out of --against",
+        ),
+        (
+            ["--aa", "--checkpointing", "on"],
+            "--checkpointing: is of the grid, not of a pair; leave it out of --aa",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(capsys, arguments, line):
@@ -78,6 +101,190 @@ def test_wrong_usage_is_one_line_and_exit_2(capsys, arguments, line):
 
     assert code == 2
     assert capsys.readouterr().err == f"lora-harness bench: {line}\n"
+
+
+@pytest.mark.parametrize("seconds", [math.inf, math.nan, -1.0, 0.0])
+@pytest.mark.parametrize("option", ["limit", "seconds"])
+def test_a_time_that_is_none_is_wrong_usage(option, seconds):
+    """Neither endless nor negative, whoever calls."""
+    args = parser().parse_args(["bench"])
+    setattr(args, option, seconds)
+    with pytest.raises(UsageError, match=rf"^--{option}: .* give a time above zero"):
+        bench_command(args)
+
+
+@pytest.mark.parametrize("more", [[], ["--aa"]])
+def test_a_model_nobody_knows_is_wrong_usage(capsys, more):
+    """Grid or pair: told before anything is measured."""
+    assert main(["bench", "--model", "nonesuch", *more]) == 2
+    assert capsys.readouterr().err.startswith("lora-harness bench: model 'nonesuch': unknown")
+
+
+@pytest.mark.parametrize("more", [[], ["--aa"]])
+def test_a_gpu_that_is_not_there_is_wrong_usage(capsys, monkeypatch, more):
+    """The pair as the grid."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    assert main(["bench", "--device", "cuda", *more]) == 2
+    assert "there is no GPU here" in capsys.readouterr().err
+
+
+def test_four_bits_without_their_library_are_wrong_usage(capsys, monkeypatch):
+    """It names the extra that brings it."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+
+    assert main(["bench", "--dtype", "nf4"]) == 2
+    assert "pip install '.[quantized]'" in capsys.readouterr().err
+
+
+def half_an_answer(_cell, answer):
+    os.write(answer.fileno(), b"\0\0\0\x64 and no more")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_cell_killed_in_the_middle_of_its_answer_is_a_row(monkeypatch):
+    """The pipe then raises OSError, not EOFError."""
+    monkeypatch.setattr(process, "_child", half_an_answer)
+
+    assert process.in_process(Cell(adapter="base"), limit=60) == (None, "killed by SIGKILL")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "why", "excused"),
+    [
+        ("full", "out of memory: CUDA out of memory", True),
+        ("base", "out of memory: CUDA out of memory", True),
+        ("peft", "out of memory: CUDA out of memory", False),
+        ("full", "RuntimeError: no", False),
+        ("peft", "not claimed: peft does not claim float16", True),
+    ],
+)
+def test_a_card_too_small_for_the_rows_without_lora_is_no_failure(adapter, why, excused):
+    """That is what LoRA is for; its own cells must fit."""
+    assert _excused(Cell(adapter=adapter), why) is excused
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("the memory format is not supported"), "RuntimeError"),
+    ],
+)
+def test_out_of_memory_is_told_from_other_words_of_memory(error, kind):
+    """What excuses a cell is a lack of memory alone."""
+    assert process._kind(error) == kind
+
+
+def a_row(cell, metric, value, **more):
+    phase = "evaluation-forward" if cell.adapter == "base" else "training-step"
+    return {
+        "subject": cell.adapter,
+        "version": "1" if cell.adapter == "peft" else None,
+        "model": cell.model,
+        "phase": phase,
+        "conditions": cell.conditions,
+        "metric": metric,
+        "value": value,
+    } | more
+
+
+def a_report(*cells):
+    """A whole report of these cells, as far as resuming reads it."""
+    shown = ("seconds", "tokens_per_second", "share_of_limit")
+    return {
+        "timings": [a_row(cell, name, 1.0) for cell in cells for name in shown],
+        "memory": [a_row(cell, "peak_bytes", 1) for cell in cells],
+        "counters": [a_row(cell, "operations", 1) for cell in cells],
+    }
+
+
+def test_a_cell_is_kept_under_its_own_version_only():
+    """Measured under another release, it is measured again; the base has none."""
+    cells = [Cell(adapter="base", r=0), Cell(adapter="peft")]
+    before = a_report(*cells)
+
+    assert list(resume.kept(before, cells, {"peft": "1"})) == [resume.identity(c) for c in cells]
+    assert list(resume.kept(before, cells, {"peft": "2"})) == [resume.identity(cells[0])]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": None},
+        {"phase": None},
+        {"conditions": {"r": [8]}},
+        {"conditions": None},
+        {"value": "NaN"},
+        {"value": None},
+    ],
+)
+def test_rows_that_are_not_whole_are_measured_again(change):
+    """A valid report may hold less than a bench writes, or something else."""
+    cell = Cell(adapter="peft")
+    before = a_report(cell)
+    before["timings"][0] |= change
+    del before["memory"][0]["version"]
+
+    assert resume.kept(before, [cell], {"peft": "1"}) == {}
+
+
+def test_another_machine_or_library_keeps_nothing():
+    """What is the machine's load is no change; a library, a thread or a processor is."""
+    now = {
+        "machine": {"cpu": "a", "load": 1},
+        "libraries": {"torch": {"version": "2"}},
+        "threads": {"torch": 1},
+    }
+
+    assert resume.changes({**now, "machine": {"cpu": "a", "load": 5}}, now) == []
+    assert resume.changes({**now, "machine": {"cpu": "b"}}, now) == ["the machine"]
+    assert resume.changes({**now, "libraries": {}}, now) == ["the libraries"]
+    assert resume.changes({**now, "threads": {"torch": 2}}, now) == ["the threads"]
+    assert resume.changes({}, now) == ["the machine", "the libraries", "the threads"]
+
+
+def test_resuming_replaces_the_report_by_a_full_one(tmp_path, monkeypatch):
+    """A kill at any moment loses no cell that was there."""
+    path = tmp_path / "bench.json"
+    with Recorder(path, kind="bench", **a_report(*CELLS)):
+        pass
+    monkeypatch.setattr(resume, "changes", lambda *_: [])
+    monkeypatch.setattr(process, "versions", lambda *_: {"peft": "1"})
+    monkeypatch.setattr(process, "warm", lambda _: None)
+    seen = []
+    write = schema.replace
+    monkeypatch.setattr(
+        schema, "replace", lambda *a, **k: (write(*a, **k), seen.append(len(read(path)["timings"])))
+    )
+
+    assert main(["bench", "--adapter", "peft", "--resume", "--json", str(path)]) == 0
+    assert set(seen) == {9}
+
+
+def test_a_budget_on_the_cpu_says_that_it_binds_nothing(tmp_path, monkeypatch, capsys):
+    """In the terminal and in the report."""
+    monkeypatch.setattr(process, "versions", lambda *_: {"peft": "1"})
+    monkeypatch.setattr(process, "warm", lambda _: None)
+    monkeypatch.setattr(process, "in_process", lambda *_, **__: (None, "not claimed: no"))
+    path = tmp_path / "bench.json"
+    code = main(["bench", "--adapter", "peft", "--budget", "1MiB", "--json", str(path)])
+
+    assert code == 3  # nothing was measured
+    assert "--budget: is enforced on a GPU only" in capsys.readouterr().out
+    assert read(path)["notes"][0].startswith("--budget: is enforced on a GPU only")
+
+
+def test_full_fine_tuning_trains_base_weights():
+    """In its peak they are no adapters; the gradients and moments are what they are."""
+    model = torch.nn.Linear(8, 8)
+    with counting(model, trained="base weights") as count:
+        model(torch.ones(1, 8))
+    peak = count.result().peak
+
+    assert peak["base weights"] == 4 * 72
+    assert peak["adapters"] == 0
 
 
 def test_a_model_too_large_for_this_machine_is_refused(capsys, monkeypatch):
@@ -136,6 +343,35 @@ def test_a_killed_cell_is_a_row_and_resuming_runs_it_again(tmp_path):
     assert [r for r in read(path)["timings"] if r["value"] is not None] == [
         r for r in report["timings"] if r["value"] is not None
     ]
+
+
+PATCHER = """
+import torch
+from harness.adapters.reference import Reference as Patches
+
+linear = torch.nn.functional.linear
+torch.nn.functional.linear = lambda *a: linear(*a) + 0
+"""
+
+
+def test_an_adapter_that_patches_torch_patches_its_own_cells_alone(tmp_path):
+    """It is imported in their processes; the base's operations are the same with and without it."""
+    (tmp_path / "patcher.py").write_text(PATCHER)
+    counts = []
+    for adapter in ("patcher:Patches", "reference"):
+        path = tmp_path / "bench.json"
+        done = bench(tmp_path, "--adapter", adapter, "--json", str(path))
+        assert done.returncode == 0, done.stderr
+        counts.append(
+            {
+                row["subject"]: row["value"]
+                for row in read(path)["counters"]
+                if row["metric"] == "operations" and row["phase"] == "evaluation-forward"
+            }
+        )
+
+    assert counts[0]["base"] == counts[1]["base"]
+    assert counts[0]["patcher:Patches"] > counts[1]["reference"]
 
 
 def test_a_claim_is_never_told_without_its_conditions():

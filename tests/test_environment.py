@@ -111,3 +111,10 @@ def test_gpus_are_read_off_the_driver(monkeypatch):
     assert first["temperature"] == {"value": 41.0, "unit": "Cel"}
     assert second["clock"] is None
     assert second["power_limit"] == {"value": 70.0, "unit": "W"}
+
+
+def test_a_driver_without_a_card_is_no_gpu(monkeypatch):
+    """It says so in words, and ends well."""
+    monkeypatch.setattr(environment, "_said", lambda *_command, **_options: "No devices were found")
+
+    assert environment._gpus() == []

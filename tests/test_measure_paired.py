@@ -153,7 +153,9 @@ def test_an_interpreter_that_is_not_there_is_wrong_usage(tmp_path):
         compare(Side(adapter="x", python="/no/such/python"), steady(tmp_path, 1), seconds=1)
 
 
-@pytest.mark.parametrize(("seconds", "margin"), [(0, 0.02), (1, 0), (1, 1)])
+@pytest.mark.parametrize(
+    ("seconds", "margin"), [(0, 0.02), (math.inf, 0.02), (math.nan, 0.02), (1, 0), (1, 1)]
+)
 def test_bounds_that_answer_nothing_are_wrong_usage(seconds, margin):
     """No time, or a margin that everything or nothing is within."""
     with pytest.raises(UsageError, match=r"^paired timing: .* answer nothing"):
@@ -164,12 +166,47 @@ def test_rows_keep_raw_samples_and_the_answer(tmp_path):
     """Both sides' samples; the answer beside the second, against the first."""
     first, second = steady(tmp_path, 0.02), steady(tmp_path, 0.03)
     found = compare(first, second, seconds=30)
-    one, two = rows(found, first, second, ["1", "2"])
+    one, two = rows(found, first, second)
 
     assert len(one["samples"]) == len(two["samples"]) == found.rounds
     assert "paired" not in one
     assert two["paired"]["verdict"] == "worse"
     assert two["paired"]["against"] == "x"
+
+
+def test_each_side_s_own_version_is_in_its_rows(tmp_path):
+    """Two interpreters may hold two versions of one library; ours says nothing of either."""
+    sides = []
+    for version in ("0.8.1", "0.8.2"):
+        told = STEADY.replace("ready=True", f"ready=True, name='peft', version='{version}'")
+        python = interpreter(tmp_path, version, told.format(second=0.02))
+        sides.append(Side(adapter="peft", python=python))
+    found = compare(*sides, seconds=30)
+    one, two = rows(found, *sides)
+
+    assert [(row["name"], row["version"]) for row in (one, two)] == [
+        ("peft", "0.8.1"),
+        ("peft", "0.8.2"),
+    ]
+    assert two["paired"]["against"] == "peft 0.8.1"
+
+
+@pytest.mark.parametrize("program", ["/bin/true", "/bin/echo"])
+def test_a_program_that_is_no_interpreter_is_wrong_usage(program):
+    """One that says nothing and ends well, and one that says what is no answer."""
+    with pytest.raises(
+        UsageError, match=rf"^--python {program}: does not answer as a Python would"
+    ):
+        compare(Side(adapter="x", python=program), Side(adapter="x", python=program), seconds=30)
+
+
+def test_what_a_side_cannot_be_is_wrong_usage(tmp_path):
+    """An adapter that nobody knows is no noise."""
+    unknown = Side(
+        adapter="x", python=interpreter(tmp_path, "unknown", "say(usage='no such name')")
+    )
+    with pytest.raises(UsageError, match=r"^the second side \(x\): no such name$"):
+        compare(steady(tmp_path, 0.02), unknown, seconds=30)
 
 
 def test_the_committed_evidence_holds():

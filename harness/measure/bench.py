@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.console import table
 from harness.errors import UsageError
 from harness.measure import cell as cells
-from harness.measure import claims, paired
+from harness.measure import claims, paired, process, resume
 from harness.measure.memory import format_bytes, parse_bytes, require_memory
 
 if TYPE_CHECKING:
@@ -18,63 +18,61 @@ if TYPE_CHECKING:
 
     from harness.measure.cell import Cell, Rows
 
+ON_A_GPU_ONLY = "--budget: is enforced on a GPU only; on the CPU a cell takes what it takes"
+
 
 def command(args: argparse.Namespace) -> int:
     """`lora-harness bench`; 0 where every cell ran or was not claimed, 1 where one failed."""
+    _require_numbers(args)
+    _require_device(args.device)
+    _require_library(args.dtype)
     return _pair(args) if args.aa or args.against else _grid(args)
 
 
-# ---- the grid ------------------------------------------------------------------------------------
+# ---- what is asked -------------------------------------------------------------------------------
 
 
-def _grid(args: argparse.Namespace) -> int:
-    from harness.report.schema import Recorder
-
-    wanted = cells.grid(
-        adapter=args.adapter,
-        rank=args.rank,
-        dtype=args.dtype,
-        model=args.model,
-        batch=args.batch,
-        sequence=args.sequence,
-        checkpointing=[c == "on" for c in args.checkpointing],
-        device=args.device,
-        threads=args.threads,
-        repeats=args.repeats,
-        budget=parse_bytes(args.budget) if args.budget else None,
-    )
-    _require_device(args.device)
-    _require_room(wanted)
-    before = _resumed(args.json) if args.resume else None
-    done = _done(before) if before else set()
-    left = [cell for cell in wanted if _identity(cell) not in done]
-    cells.warm(left)
-    failed = 0
-    head = {"model": wanted[0].model if len(args.model) == 1 else None, "budget": wanted[0].budget}
-    with Recorder(args.json, kind="bench", **head) as report:
-        if before:
-            _carry_over(before, report, wanted)
-            print(f"{len(wanted) - len(left)} of {len(wanted)} cells are there already")
-        for cell in _with_progress(left):
-            rows, why = cells.in_process(cell, limit=args.limit)
-            if rows is None:
-                failed += not why.startswith("not claimed")
-                report.add("timings", _lost(cell, why))
-                report.add("notes", f"{cell}: {why}")
-            else:
-                for section, found in rows.items():
-                    report.add(section, found)
-            _say(f"{cell}: {why or _told(rows)}")
-        _show(report.report)
-    return 1 if failed else 0
+def _require_numbers(args: argparse.Namespace) -> None:
+    for option in ("threads", "repeats"):
+        number = getattr(args, option)
+        if number < 1:
+            raise UsageError(f"--{option}: {number}; give a whole number from 1 on")
+    for option in ("limit", "seconds"):
+        seconds = getattr(args, option)
+        if not 0 < seconds < math.inf:
+            raise UsageError(f"--{option}: {seconds:g} s; give a time above zero, such as 60")
 
 
 def _require_device(device: str) -> None:
-    if device.startswith("cuda"):
+    kind, colon, index = device.partition(":")
+    if device != "cpu" and (kind != "cuda" or (colon and not index.isdecimal())):
+        raise UsageError(f"--device {device}: a bench knows cpu and cuda; give one of them")
+    if kind == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             raise UsageError(f"--device {device}: there is no GPU here; use --device cpu")
+        if index and int(index) >= torch.cuda.device_count():
+            raise UsageError(
+                f"--device {device}: there are {torch.cuda.device_count()} GPUs here, from cuda:0 on"
+            )
+
+
+def _require_library(dtypes: Sequence[str]) -> None:
+    from importlib.util import find_spec
+
+    if "nf4" in dtypes and find_spec("bitsandbytes") is None:
+        raise UsageError(
+            "--dtype nf4: bitsandbytes is not installed; pip install '.[quantized]', or give another"
+        )
+
+
+def _require_models(names: Sequence[str]) -> None:
+    from harness import phi3
+
+    for name in names:
+        if name not in phi3.NAMES:
+            phi3.source(name)
 
 
 def _require_room(wanted: Sequence[Cell]) -> None:
@@ -91,38 +89,73 @@ def _require_room(wanted: Sequence[Cell]) -> None:
                 require_memory(size, subject=f"--model {name} in {dtype}")
 
 
-def _resumed(path: Path | None) -> dict[str, Any] | None:
-    from harness.report.schema import read
-
-    if path is None:
-        raise UsageError("--resume: needs the report to go on with; give it as --json PATH")
-    if not Path(path).exists():
-        return None
-    before = read(path)
-    if before["kind"] != "bench":
-        raise UsageError(f"--resume {path}: is a report of {before['kind']}, not of bench")
-    return before
+# ---- the grid ------------------------------------------------------------------------------------
 
 
-def _identity(cell: Cell) -> tuple[Any, ...]:
-    return cell.adapter, cell.model, tuple(sorted(cell.conditions.items()))
+def _grid(args: argparse.Namespace) -> int:
+    from harness.environment import collect
+    from harness.report.schema import Recorder
+
+    wanted = cells.grid(
+        adapter=args.adapter,
+        rank=args.rank,
+        dtype=args.dtype,
+        model=args.model,
+        batch=args.batch,
+        sequence=args.sequence,
+        checkpointing=[c == "on" for c in args.checkpointing],
+        device=args.device,
+        threads=args.threads,
+        repeats=args.repeats,
+        budget=parse_bytes(args.budget) if args.budget else None,
+    )
+    before = resume.earlier(args.json) if args.resume else None
+    _require_models(args.model)
+    _require_room(wanted)
+    versions = process.versions(args.adapter, args.device)
+    process.warm(args.adapter)
+    environment = collect()
+    changed = resume.changes(before["environment"], environment) if before else []
+    old = resume.kept(before, wanted, versions) if before and not changed else {}
+    left = [cell for cell in wanted if resume.identity(cell) not in old]
+    head: dict[str, Any] = {
+        section: [row for rows in old.values() for row in rows[section]]
+        for section in resume.SECTIONS
+    }
+    head |= {"model": args.model[0] if len(args.model) == 1 else None, "budget": wanted[0].budget}
+    failed = 0
+    with Recorder(args.json, kind="bench", environment=environment, **head) as report:
+        if changed:
+            print(f"every cell is run again: {', '.join(changed)} changed since the report")
+        elif before:
+            print(f"{len(wanted) - len(left)} of {len(wanted)} cells are there already")
+        if wanted[0].budget is not None and args.device == "cpu":
+            report.add("notes", ON_A_GPU_ONLY)
+            print(ON_A_GPU_ONLY)
+        for cell in _with_progress(left):
+            rows, why = process.in_process(cell, limit=args.limit)
+            if rows is None:
+                failed += not _excused(cell, why)
+                report.add("timings", _lost(cell, why))
+                report.add("notes", f"{cell}: {why}")
+            else:
+                for section, found in rows.items():
+                    report.add(section, found)
+            _say(f"{cell}: {why or _told(rows)}")
+        _show(report.report)
+    if failed:
+        return 1
+    return 0 if any(row["value"] is not None for row in report.report["timings"]) else 3
 
 
-def _row_identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["subject"], row["model"], tuple(sorted(row["conditions"].items()))
+def _excused(cell: Cell, why: str) -> bool:
+    """Whether a cell without figures is no failure.
 
-
-def _done(before: dict[str, Any]) -> set[tuple[Any, ...]]:
-    """The cells that have a time; one that died has none, and is run again."""
-    return {_row_identity(row) for row in before["timings"] if row["value"] is not None}
-
-
-def _carry_over(before: dict[str, Any], report: Any, wanted: Sequence[Cell]) -> None:
-    asked, done = {_identity(cell) for cell in wanted}, _done(before)
-    for section in ("timings", "memory", "counters"):
-        kept = [row for row in before[section] if _row_identity(row) in asked & done]
-        if kept:
-            report.add(section, kept)
+    It is not claimed; or it is a row without LoRA that the card is too small for, which is what LoRA
+    is for.
+    """
+    without = cell.adapter in {cells.BASE, cells.FULL}
+    return why.startswith("not claimed") or (without and why.startswith(process.OUT_OF_MEMORY))
 
 
 def _with_progress(left: Sequence[Cell]) -> Any:
@@ -180,7 +213,7 @@ def _show(report: dict[str, Any]) -> None:
     for section in ("timings", "memory", "counters"):
         for row in report[section]:
             found = by_cell.setdefault(
-                _row_identity(row), {"timings": [], "memory": [], "counters": []}
+                resume.row_identity(row), {"timings": [], "memory": [], "counters": []}
             )
             found[section].append(row)
     lines = []
@@ -221,21 +254,26 @@ def _show(report: dict[str, Any]) -> None:
 
 # ---- a pair --------------------------------------------------------------------------------------
 
+DEFAULTS: dict[str, Any] = {
+    "adapter": ["reference", "peft", "loralib"],
+    "checkpointing": ["off"],
+    "repeats": 10,
+    "resume": False,
+    "budget": None,
+    "limit": 600.0,
+}
+"""What the command line gives where nobody asks: a pair runs the first adapter and needs no other."""
+
 DECISION = {"better": 0, "same": 0, "worse": 1, "inconclusive": 3}
 
 
 def _pair(args: argparse.Namespace) -> int:
-    from harness import registry
     from harness.report.schema import Recorder
 
-    axes = ("adapter", "rank", "dtype", "model", "batch", "sequence")
-    for axis in axes:
-        if len(getattr(args, axis)) != 1 and axis != "adapter":
-            setattr(args, axis, getattr(args, axis)[:1])
     if args.aa and args.against:
         raise UsageError("--aa: runs one side against itself; leave out --against")
-    if args.dtype[0] == "nf4":
-        raise UsageError("--against: a pair is timed on a dense base; give another --dtype")
+    _require_one_point(args)
+    _require_models(args.model)
     first = paired.Side(
         adapter=args.adapter[0],
         model=args.model[0],
@@ -252,12 +290,30 @@ def _pair(args: argparse.Namespace) -> int:
         adapter=args.against or first.adapter,
         python=args.against_python or first.python,
     )
-    versions = [registry.resolve(side.adapter).version for side in (first, second)]
     with Recorder(args.json, kind="bench", model=first.model) as report:
         answer = paired.compare(first, second, seconds=args.seconds, margin=args.margin)
-        report.add("timings", paired.rows(answer, first, second, versions))
+        report.add("timings", paired.rows(answer, first, second))
         if answer.note:
             report.add("notes", answer.note)
-    name = "itself" if args.aa else f"{first.adapter}"
-    print(f"{second.adapter} against {name}, {first.phase} of {first.model}: {answer}")
+    name = "itself" if args.aa and first == second else answer.facts[0].told(first)
+    print(
+        f"{answer.facts[1].told(second)} against {name}, {first.phase} of {first.model}: {answer}"
+    )
     return DECISION[answer.verdict]
+
+
+def _require_one_point(args: argparse.Namespace) -> None:
+    """Raise UsageError on what a pair would have to drop in silence."""
+    asked = "--aa" if args.aa else "--against"
+    for axis in ("adapter", "rank", "dtype", "model", "batch", "sequence"):
+        values = getattr(args, axis)
+        if not values:
+            raise UsageError(f"--{axis}: is empty; give {asked} one value")
+        if len(values) > 1 and values != DEFAULTS.get(axis):
+            given = ",".join(map(str, values))
+            raise UsageError(f"--{axis} {given}: {asked} times one point; give one value")
+    for option in ("checkpointing", "repeats", "resume", "budget", "limit"):
+        if getattr(args, option) != DEFAULTS[option]:
+            raise UsageError(f"--{option}: is of the grid, not of a pair; leave it out of {asked}")
+    if args.dtype[0] == "nf4":
+        raise UsageError(f"{asked}: a pair is timed on a dense base; give another --dtype")

@@ -1,16 +1,8 @@
-"""One cell of a bench: what is run, what is measured there, and the process it is measured in.
-
-    grid ── cell ──▶ a process of its own ──▶ rows          the process may die: that is a row, too
-
-On the CPU the process is forked from a parent that has imported the libraries and computed nothing; on
-a GPU it starts afresh, since a CUDA context does not survive a fork.
-"""
+"""One cell of a bench: what is run, and what is measured there; `process` says in which process."""
 
 from __future__ import annotations
 
 import itertools
-import signal
-import time
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -19,9 +11,10 @@ from harness.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from multiprocessing.connection import Connection
 
     from torch import nn
+
+    from harness.measure.ledger import Kind
 
 BASE, FULL = "base", "full"
 """The rows without LoRA: the bare base's forward, and full fine-tuning."""
@@ -119,7 +112,8 @@ def measure(cell: Cell) -> Rows:
     if cell.adapter not in {BASE, FULL}:
         adapter = registry.resolve(cell.adapter)
         version = adapter.version
-        _require_claims(adapter, cell)
+        if lacking := not_claimed(adapter, dtype=cell.dtype, checkpointing=cell.checkpointing):
+            raise NotClaimed(lacking)
     where = {
         "subject": cell.adapter,
         "version": version,
@@ -145,14 +139,17 @@ def _model_settings(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _require_claims(adapter: Any, cell: Cell) -> None:
+def not_claimed(adapter: Any, *, dtype: str, checkpointing: bool) -> str:
+    """What of a cell the adapter does not claim, in a few words; empty where it claims it all."""
     claims = adapter.capabilities
-    if cell.dtype == "nf4" and "quantized_base" not in claims.features:
-        raise NotClaimed(f"{adapter.name} does not claim quantized_base")
-    if cell.dtype != "nf4" and cell.dtype not in claims.dtypes:
-        raise NotClaimed(f"{adapter.name} does not claim {cell.dtype}")
-    if cell.checkpointing and "gradient_checkpointing" not in claims.features:
-        raise NotClaimed(f"{adapter.name} does not claim gradient_checkpointing")
+    lacking = []
+    if dtype == "nf4" and "quantized_base" not in claims.features:
+        lacking.append("quantized_base")
+    if dtype != "nf4" and dtype not in claims.dtypes:
+        lacking.append(dtype)
+    if checkpointing and "gradient_checkpointing" not in claims.features:
+        lacking.append("gradient_checkpointing")
+    return f"{adapter.name} does not claim {' and '.join(lacking)}" if lacking else ""
 
 
 class NotClaimed(Exception):  # noqa: N818  # it is no error: the cell is not asked for
@@ -167,6 +164,7 @@ def _measured(cell: Cell, model: nn.Module, adapter: Any, where: dict[str, Any])
     from harness.measure.counters import counting
 
     rows: Rows = {"timings": [], "memory": [], "counters": []}
+    full = cell.adapter == FULL
     given = phases.batch_of(model, batch=cell.batch, sequence=cell.sequence)
     asked = {"input_ids": given["input_ids"]}
     tokens = cell.batch * cell.sequence
@@ -201,7 +199,9 @@ def _measured(cell: Cell, model: nn.Module, adapter: Any, where: dict[str, Any])
             model(**asked)
 
     def counted(phase: str, work: Callable[[Any], object]) -> int:
-        with counting(model, logits_width=phases.vocabulary_of(model)) as count:
+        width = phases.vocabulary_of(model)
+        trained: Kind = "base weights" if full else "adapters"
+        with counting(model, logits_width=width, trained=trained) as count:
             work(count.ledger)
         result = count.result()
         rows["counters"] += result.rows(**where, phase=phase)
@@ -212,7 +212,7 @@ def _measured(cell: Cell, model: nn.Module, adapter: Any, where: dict[str, Any])
         config = LoraConfig(r=cell.r, lora_alpha=2.0 * cell.r, target_modules="all-linear")
         model = adapter.inject(model, config)
         state = adapter.state_dict(model)
-    elif cell.adapter == FULL:
+    elif full:
         model.requires_grad_(True)
         state = model.state_dict()
     else:
@@ -255,76 +255,3 @@ def _measured(cell: Cell, model: nn.Module, adapter: Any, where: dict[str, Any])
         forward()
         timed("merged-forward", forward, counted("merged-forward", lambda _: forward()))
     return rows
-
-
-# ---- the process ---------------------------------------------------------------------------------
-
-
-def in_process(cell: Cell, *, limit: float) -> tuple[Rows | None, str]:
-    """The cell's rows and "", or None and what became of its process.
-
-    Args:
-        cell: what to run.
-        limit: seconds after which a cell that does not end is ended.
-    """
-    import multiprocessing
-
-    context: Any = multiprocessing.get_context("fork" if cell.device == "cpu" else "spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(cell, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(limit):
-            return None, f"hung: no answer in {limit:g} s"
-        rows, why = ours.recv()
-    except EOFError:
-        process.join(10)
-        code = process.exitcode
-        if code is not None and code < 0:
-            return None, f"killed by {signal.Signals(-code).name}"
-        return None, f"died with exit code {code}"
-    else:
-        return rows, why
-    finally:
-        if process.is_alive():
-            process.join(2)
-        process.kill()
-        process.join()
-        ours.close()
-
-
-def _child(cell: Cell, answer: Connection) -> None:
-    started = time.monotonic()
-    try:
-        rows: Rows | None = measure(cell)
-        why = ""
-    except NotClaimed as error:
-        rows, why = None, f"not claimed: {error}"
-    except Exception as error:  # noqa: BLE001  # a stranger's code: what it raises is a row
-        kind = "out of memory" if "memory" in str(error).lower() else type(error).__name__
-        rows, why = None, f"{kind}: {' '.join(str(error).split())}"[:300]
-    if rows is not None:
-        for row in rows["timings"][:1]:
-            row["cell_seconds"] = time.monotonic() - started
-    answer.send((rows, why))
-    answer.close()
-
-
-def warm(cells: Sequence[Cell]) -> None:
-    """Import what forked cells need, and compute nothing: threads do not survive a fork."""
-    import torch
-
-    torch.set_num_threads(1)
-    import importlib
-
-    from harness import base, phi3, registry  # noqa: F401
-    from harness.measure import clock, phases  # noqa: F401
-
-    phi3.config("tiny")
-    for name in dict.fromkeys(cell.adapter for cell in cells):
-        if name not in {BASE, FULL}:
-            registry.resolve(name)
-    if any(cell.dtype == "nf4" for cell in cells):
-        importlib.import_module("bitsandbytes")
-    importlib.import_module("transformers.models.phi3.modeling_phi3")

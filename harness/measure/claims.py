@@ -77,9 +77,9 @@ def _measured(read: Any, us: Any, full: Any, base: Any) -> Iterable[tuple[str, s
         read(us, "merged-forward", "operations"),
         read(base, "evaluation-forward", "operations"),
     )
-    if ours and theirs:
-        mine = read(us, "merged-forward", "seconds")
-        bare = read(base, "evaluation-forward", "seconds")
+    mine = read(us, "merged-forward", "seconds")
+    bare = read(base, "evaluation-forward", "seconds")
+    if ours and theirs and mine and bare:
         same = "the same" if ours == theirs else f"{ours - theirs:+,}"
         yield (
             "latency when merged",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from harness.measure.ledger import uncollected
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 
 def synchronize(device: str) -> None:
@@ -60,17 +59,6 @@ class OwnClock:
         # ns on a core, ns waiting for one, times put on one: Documentation/scheduler/sched-stats
         waited = int(os.pread(self._waits, 64, 0).split()[1])
         return time.perf_counter() - waited / 1e9
-
-
-@contextmanager
-def fixed_threads(count: int) -> Iterator[None]:
-    """Operators use `count` threads inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def seconds_of(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from harness.adapter import Adapter
+    from harness.measure.ledger import Kind
 
 _GENERATOR = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
 
@@ -117,20 +118,24 @@ def counting(
     *,
     adapter: Adapter | None = None,
     logits_width: int | None = None,
+    trained: Kind = "adapters",
 ) -> Iterator[Count]:
     """Count what is dispatched inside.
 
     With `model`, its parameters and buffers are known for what they are: base weights or, where
-    `adapter` names them as factors or they are trainable, adapters.
+    `adapter` names them as factors or they are trainable, adapters. In full fine-tuning what is
+    `trained` is base weights too.
     """
     ledger = Ledger(logits_width=logits_width)
     with ledger.writing():
         if model is not None:
-            open_books(ledger, model, adapter)
+            open_books(ledger, model, adapter, trained)
         yield Count(ledger)
 
 
-def open_books(ledger: Ledger, model: nn.Module, adapter: Adapter | None = None) -> None:
+def open_books(
+    ledger: Ledger, model: nn.Module, adapter: Adapter | None = None, trained: Kind = "adapters"
+) -> None:
     """Enter a model's storages into a ledger: adapters first, since a view may share."""
     factors = adapter.factors(model) if adapter is not None else {}
     # A factor may be computed on the fly; what lives is then the leaf it comes from, which trains.
@@ -138,7 +143,7 @@ def open_books(ledger: Ledger, model: nn.Module, adapter: Adapter | None = None)
         (t for parts in factors.values() for f in parts for t in (f.A, f.B) if t.is_leaf),
         "adapters",
     )
-    ledger.opening((p for p in model.parameters() if p.requires_grad), "adapters")
+    ledger.opening((p for p in model.parameters() if p.requires_grad), trained)
     ledger.opening(model.parameters(), "base weights")
     ledger.opening(model.buffers(), "base weights")
     ledger.opening((p.grad for p in model.parameters() if p.grad is not None), "gradients")

@@ -54,7 +54,7 @@ def median_interval(values: Sequence[float], error: float) -> Interval:
 
 def _rank(n: int, error: float) -> int:
     """The largest k with 2·P(Bin(n, ½) < k) ≤ error; 0 if there is none."""
-    below, k, term = 0.0, 0, 0.5**n if n < 1000 else math.exp(-n * math.log(2))
+    below, k = 0.0, 0
     log_term = -n * math.log(2)
     while k < n / 2:
         term = math.exp(log_term)

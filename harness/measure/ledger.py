@@ -127,10 +127,14 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
                 self._kinds[life.line] = kind
 
     def pack(self, tensors: Iterable[Tensor], packed: Callable[[int], int]) -> None:
-        """Name the weights that `peak(packed=True)` takes as stored in `packed(numel)` bytes."""
+        """Name the weights that `peak(packed=True)` takes as stored in `packed(numel)` bytes.
+
+        What is not live here, such as a weight that an adapter has replaced by a copy, is left out.
+        """
         for tensor in tensors:
-            life = self._lives[tensor.untyped_storage()._cdata]
-            self._packed[life.line] = packed(tensor.numel())
+            life = self._lives.get(tensor.untyped_storage()._cdata)
+            if life is not None:
+                self._packed[life.line] = packed(tensor.numel())
 
     def stage(self, name: str, *, backward: bool = False) -> None:
         """From here on, operations belong to the stage of that name."""

@@ -13,6 +13,7 @@ cores is then taken for a difference between the sides.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -24,13 +25,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from harness.errors import UsageError
 from harness.measure.interval import LOOKS, Interval, Verdict, decide, median_interval
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from harness.measure.process import LONGEST_WAIT
 
 Phase = Literal["training-step", "evaluation-forward", "merged-forward"]
 BLOCK_SECONDS = 0.02
@@ -64,6 +63,18 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a side says of itself, which may run under other library versions than we do."""
+
+    name: str | None = None
+    version: str | None = None
+
+    def told(self, side: Side) -> str:
+        """The side with its version, where it is known."""
+        return f"{side.adapter} {self.version}" if self.version else side.adapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pairing:
     """The answer: the second side's time over the first's.
 
@@ -76,6 +87,7 @@ class Pairing:
         seconds: from the start of the processes to the answer.
         samples: seconds of a step in each round, first side then second.
         note: why it is inconclusive, where it is more than noise.
+        facts: what the sides said of themselves, first then second.
     """
 
     verdict: Verdict
@@ -86,6 +98,7 @@ class Pairing:
     seconds: float
     samples: tuple[tuple[float, float], ...] = field(repr=False)
     note: str = ""
+    facts: tuple[Facts, Facts] = (Facts(), Facts())
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON holds it; a bound that is not known is null."""
@@ -115,9 +128,10 @@ def compare(
     A side that dies, hangs or raises makes the answer inconclusive and says so.
 
     Raises:
-        UsageError: an interpreter that is not there, or bounds that leave no room for an answer.
+        UsageError: an interpreter that is not there or is none, a side that is asked for what nobody
+            knows, or bounds that leave no room for an answer.
     """
-    if seconds <= 0 or not 0 < margin < 1:
+    if not 0 < seconds < math.inf or not 0 < margin < 1:
         raise UsageError(
             f"paired timing: {seconds:g} s and a margin of {margin:g} answer nothing; "
             "give a time above zero and a margin such as 0.02"
@@ -126,6 +140,7 @@ def compare(
     deadline = began + seconds
     ratios: list[float] = []
     samples: list[tuple[float, float]] = []
+    facts = [Facts(), Facts()]
     cores = _cores(first, second)
 
     def finish(verdict: Verdict, found: Interval, note: str = "") -> Pairing:
@@ -138,12 +153,14 @@ def compare(
             seconds=time.monotonic() - began,
             samples=tuple(samples),
             note=note,
+            facts=(facts[0], facts[1]),
         )
 
     with _Process(first, "first") as one, _Process(second, "second") as two:
         try:
-            for process in (one, two):
-                process.answer(deadline)
+            one.begin()
+            two.begin()
+            facts[:] = [process.ready(deadline) for process in (one, two)]
             steps = _steps(one, two, deadline)
             longest = 0.0
             while time.monotonic() + longest < deadline:
@@ -188,11 +205,16 @@ class _Lost(Exception):  # noqa: N818  # it says what became of a side
     """A side that will not answer any more: why."""
 
 
+class _Nonsense(_Lost):
+    """A side that speaks another language."""
+
+
 class _Process:
     """A side's process, from the outside."""
 
     def __init__(self, side: Side, name: str) -> None:
         self._name = f"the {name} side ({side.adapter})"
+        self._side = side
         here = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
         threads = str(side.threads)
@@ -218,7 +240,6 @@ class _Process:
                 "that has torch, transformers and the implementation"
             ) from None
         self._pending = b""
-        self._say({k: v for k, v in asdict(side).items() if k != "python"})
 
     def __enter__(self) -> Self:
         return self
@@ -226,6 +247,34 @@ class _Process:
     def __exit__(self, *exc: object) -> None:
         self._process.kill()
         self._process.communicate()
+
+    def begin(self) -> None:
+        """Ask for the work to be built; of one that is dead already, `ready` says how."""
+        with contextlib.suppress(_Lost):
+            self._say({k: v for k, v in asdict(self._side).items() if k != "python"})
+
+    def ready(self, deadline: float) -> Facts:
+        """Wait until it is built; what the side is.
+
+        Raises UsageError where the answer is no side's, and where the side cannot be what was asked.
+        """
+        try:
+            said = self.answer(deadline)
+        except _Nonsense:
+            raise self._no_side() from None
+        except _Lost:
+            if self._process.poll() == 0:  # it ended well and has said nothing
+                raise self._no_side() from None
+            raise
+        if "usage" in said:
+            raise UsageError(f"{self._name}: {said['usage']}")
+        return Facts(name=said.get("name"), version=said.get("version"))
+
+    def _no_side(self) -> UsageError:
+        return UsageError(
+            f"--python {self._side.python}: does not answer as a Python would; give an interpreter "
+            "that has torch, transformers and the implementation"
+        )
 
     def run(self, steps: int, deadline: float, core: int | None = None) -> float:
         """Median seconds of a step, in a block of `steps`, on a core or on any."""
@@ -239,7 +288,7 @@ class _Process:
         assert stream is not None
         while b"\n" not in self._pending:
             left = deadline - time.monotonic()
-            ready, _, _ = select.select([stream], [], [], max(0.0, left))
+            ready, _, _ = select.select([stream], [], [], min(max(0.0, left), LONGEST_WAIT))
             if not ready:
                 raise _Lost(f"{self._name} hangs: no answer when the time was up")
             chunk = os.read(stream.fileno(), 1 << 16)
@@ -247,7 +296,12 @@ class _Process:
                 raise _Lost(f"{self._name} died{self._how()}")
             self._pending += chunk
         line, _, self._pending = self._pending.partition(b"\n")
-        said: dict[str, Any] = json.loads(line)
+        try:
+            said: Any = json.loads(line)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise _Nonsense(f"{self._name} said what is no answer")
         if "error" in said:
             raise _Lost(f"{self._name} raised {said['error']}")
         return said
@@ -271,22 +325,21 @@ class _Process:
         return f" with exit code {code}"
 
 
-def rows(
-    pairing: Pairing, first: Side, second: Side, versions: Sequence[str | None] = (None, None)
-) -> list[dict[str, Any]]:
-    """Report rows of both sides; the second holds the answer."""
+def rows(pairing: Pairing, first: Side, second: Side) -> list[dict[str, Any]]:
+    """Report rows of both sides, under the versions they ran; the second holds the answer."""
     conditions = {
         key: value
         for key, value in asdict(second).items()
         if key not in {"adapter", "python", "model", "phase"}
     }
     sides = []
-    for k, (side, version) in enumerate(zip((first, second), versions, strict=True)):
+    for k, (side, facts) in enumerate(zip((first, second), pairing.facts, strict=True)):
         samples = [pair[k] for pair in pairing.samples]
         sides.append(
             {
                 "subject": side.adapter,
-                "version": version,
+                "name": facts.name,
+                "version": facts.version,
                 "model": side.model,
                 "phase": side.phase,
                 "conditions": conditions,
@@ -298,7 +351,7 @@ def rows(
         )
     answer = pairing.as_dict()
     sides[1]["paired"] = {
-        "against": first.adapter,
+        "against": pairing.facts[0].told(first),
         **{key: answer[key] for key in ("verdict", "ratio", "low", "high", "rounds", "note")},
     }
     return sides

@@ -16,6 +16,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -48,6 +50,13 @@ def main() -> None:
                 core = told["core"]
                 os.sched_setaffinity(0, {core})
             answer(**_run(step, told["steps"], asked["slowdown"], clock))
+    except ModuleNotFoundError as error:
+        if error.name not in {"torch", "transformers"}:
+            answer(error=f"ModuleNotFoundError: {error}"[:300])
+        else:
+            answer(usage=f"{sys.executable} has no {error.name}; install it there")
+    except UsageError as error:
+        answer(usage=" ".join(str(error).split()))
     except Exception as error:  # noqa: BLE001  # a stranger's code; the parent tells of it
         answer(error=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
 
