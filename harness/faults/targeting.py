@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,24 @@ def ignores_unmatched_names() -> Adapter:
         names = [name for name, _ in model.named_modules(remove_duplicate=False)]
         there = [t for t in config.target_modules if any(matches(name, t) for name in names)]
         return replace(config, target_modules=tuple(there)).targets(model)
+
+    return wrong(targets=targets)
+
+
+@fault(
+    sin="Every injection warns of the same, and names that match nothing are passed over.",
+    killed_by="targeting/unmatched-name-is-loud",
+    replays=("77",),
+    varies="a name that matches nothing, and a warning that has nothing to do with it",
+)
+def warns_of_something_else() -> Adapter:
+    """As a library that tells at each call how many modules it found."""
+    silent = ignores_unmatched_names()
+
+    def targets(_: Any, model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = silent.targets(model, config)  # type: ignore[attr-defined]
+        warnings.warn(f"{len(found)} modules are adapted", stacklevel=2)
+        return found
 
     return wrong(targets=targets)
 
