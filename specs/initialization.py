@@ -20,8 +20,8 @@ DTYPES = ("bfloat16", "float16", "float64")
 
 @spec(
     "initialization/base-untouched",
-    claim="The base's parameters and buffers MUST keep their bits through injection, and stay the "
-    "tensors that the model computes with.",
+    claim="The base's parameters and buffers MUST keep their bits and their storage through "
+    "injection, and stay the tensors that the model computes with.",
     why="A base that is copied costs its memory twice, and what is held of it elsewhere is stale.",
     source=(PAPER, "BUGS 28, 41, 45", "https://github.com/microsoft/LoRA/pull/183"),
     needs=("targeting/exact-coverage",),
@@ -35,29 +35,38 @@ DTYPES = ("bfloat16", "float16", "float64")
     ),  # has buffers; not in the smoke tier, which loads no library
 )
 def base_untouched(trial: Trial) -> None:
-    """Judge the tensors held before injection: bits, and whether the model still has them."""
+    """Judge the tensors held before injection: bits, storage, and whether they still act.
+
+    A wrapper need not register the base: of a tensor that it does not, writing to it tells.
+    """
+    if trial.case.specimen == "tied" and not trial.claims("tied_embeddings"):
+        trial.notes.append("tied_embeddings is not claimed")
+        return
     base = trial.base()
     held = _tensors(base)
-    bits = [t.detach().clone() for _, t in held]
+    kept = [(t.detach().clone(), _storage(t)) for _, t in held]
     model = trial.inject(base)
 
-    for (name, tensor), kept in zip(held, bits, strict=True):
-        trial.same_bits(tensor, kept, f"{name} of the base after injection")
-    now = {t.untyped_storage().data_ptr() for _, t in _tensors(model)}
-    gone = [name for name, t in held if t.untyped_storage().data_ptr() not in now]
-    if gone:
-        fail(
-            "state",
-            expected=f"all {len(held)} tensors of the base in the returned model",
-            actual=f"{len(gone)} are not, a copy or nothing stands in their place",
-            where=gone[0],
-        )
+    for (name, tensor), (bits, storage) in zip(held, kept, strict=True):
+        trial.same_bits(tensor, bits, f"{name} of the base after injection")
+        if _storage(tensor) != storage:
+            fail("state", expected="the base's tensors where they were", actual="moved", where=name)
+    now = {_storage(t) for _, t in _tensors(model)}
+    for name, tensor in held:
+        if _storage(tensor) not in now and not _acts(trial, model, name, tensor):
+            fail(
+                "state",
+                expected=f"all {len(held)} tensors of the base in use by the returned model",
+                actual="one is not, a copy or nothing stands in its place",
+                where=name,
+            )
 
 
 @spec(
     "initialization/no-op",
-    claim="A fresh adapter MUST leave the outputs as the base gives them, bit for bit, in eval and "
-    "in train mode.",
+    claim="A fresh adapter MUST leave the outputs as the base gives them, in eval and in train mode: "
+    "bit for bit or, where an adapted layer has a bias, which may be added last, within rounding; "
+    "and its ΔW is zero, exactly.",
     why="Training starts from the pretrained model, not from a neighbour of it.",
     source=(
         PAPER,
@@ -73,19 +82,34 @@ def base_untouched(trial: Trial) -> None:
     tier="smoke",
     cases=(
         *(Case(specimen=name) for name in LAYERS),
-        *(Case(dtype=dtype) for dtype in DTYPES),
+        *(Case(specimen=name, way="unbiased") for name in ("conv2d", "grouped", "fused", "stack")),
+        *(Case(specimen=name, dtype=dtype) for dtype in DTYPES for name in ("linear", "bare")),
     ),
 )
 def no_op(trial: Trial) -> None:
-    """Judge the outputs before anything is written to the factors."""
-    x = trial.inputs()
-    expected = trial.call(trial.base().eval(), x)
-    model = trial.inject()
+    """Judge the outputs before anything is written to the factors, and the factors' product."""
+    x, base, used = trial.inputs(), trial.base(), trial.base()
+    if trial.case.way == "unbiased":
+        _unbias(base)
+        _unbias(used)
+    model = trial.inject(used)
+    factors = trial.snapshot(model)
+    for name, parts in factors.items():
+        if any((f.B @ f.A).any() for f in parts):
+            fail("value", expected="B·A zero in a fresh adapter", actual="it is not", where=name)
+    biased = any(getattr(base.get_submodule(name), "bias", None) is not None for name in factors)
+    expected = trial.truth(base, {}, x) if biased else trial.call(base.eval(), x)
 
     for train in (False, True):
         model.train(train)
-        mode = "train" if train else "eval"
-        trial.same_bits(trial.call(model, x), expected, f"the base's output, in {mode} mode")
+        found, what = (
+            trial.call(model, x),
+            f"the base's output, in {'train' if train else 'eval'} mode",
+        )
+        if biased:
+            trial.close(found, expected, trial.budget(base, factors, x), what)
+        else:
+            trial.same_bits(found, expected, what)
 
 
 @spec(
@@ -240,3 +264,30 @@ def global_rng_left_alone(trial: Trial) -> None:
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _acts(trial: Trial, model: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether the model answers otherwise once a tensor of the base is another, as the base does."""
+    import torch
+
+    x, twin = trial.inputs(), trial.base().eval()
+    before, plain = trial.call(model, x), trial.call(twin, x)
+    with torch.no_grad():
+        tensor.add_(1)
+        dict(_tensors(twin))[name].add_(1)
+    model.train()
+    trial.unmerged(model)
+    return trial.call(twin, x).equal(plain) or not trial.call(model, x).equal(before)
+
+
+def _unbias(base: nn.Module) -> None:
+    """Take the biases of all linear layers and convolutions."""
+    from torch import nn
+
+    for module in base.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.bias = None

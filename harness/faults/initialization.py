@@ -119,6 +119,21 @@ def copies_the_base() -> Adapter:
 
 
 @fault(
+    sin="The base's weights are moved into memory of their own.",
+    killed_by=BASE,
+    varies="a view of a base's weight that is held elsewhere",
+)
+def moves_the_base() -> Adapter:
+    """The parameters are the same objects, with the same bits."""
+
+    def act(adapter: Any, model: nn.Module) -> None:
+        for adapted in adapter.layers(model).values():
+            adapted.base.weight.data = adapted.base.weight.data.clone()
+
+    return after_injection(act)
+
+
+@fault(
     sin="The base's weights go through bfloat16.",
     killed_by=BASE,
     replays=("68",),
@@ -135,6 +150,22 @@ def rounds_the_base() -> Adapter:
                     weight.copy_(weight.bfloat16())
 
     return after_injection(act)
+
+
+@fault(
+    sin="A layer without a bias answers with the last bits of another order of adding up.",
+    killed_by=NO_OP,
+    varies="an output that is compared bit for bit",
+)
+def answers_a_little_beside_the_base() -> Adapter:
+    """Within rounding, which only a bias that is added last excuses."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = Adapted.forward(self, x)
+        plain = "bias" in self.base._parameters and self.base.bias is None and not self.kept
+        return torch.nextafter(y, torch.zeros_like(y)) if plain and not y.requires_grad else y
+
+    return wrong(layer=layer(forward=forward))
 
 
 @fault(
