@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PAPER = "LoRA, section 4.1, https://arxiv.org/abs/2106.09685"
 ORACLE = "forward/equals-oracle"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+KINDS = ("embedding", "conv2d", "grouped", "fused")
 FORMS = ("vector", "matrix", "four", "long", "empty", "strided", "expanded", "channels-first")
 
 
@@ -123,7 +124,11 @@ def sees_factors_now(trial: Trial) -> None:
         "https://github.com/huggingface/peft/pull/3315",
     ),
     needs=(ORACLE,),
-    cases=(Case(), Case(r=5, alpha=2.0), Case(specimen="embedding"), Case(specimen="stack")),
+    cases=(
+        Case(),
+        Case(r=5, alpha=2.0),
+        *(Case(specimen=name) for name in (*KINDS, "stack")),
+    ),
 )
 def scaling(trial: Trial) -> None:
     """Judge the handles; that the function agrees with them is forward/equals-oracle's."""
@@ -144,16 +149,22 @@ def scaling(trial: Trial) -> None:
     ),
     needs=("forward/scaling",),
     features=("rslora",),
-    cases=(Case(), Case(r=5, alpha=2.0), Case(specimen="stack")),
+    cases=(
+        Case(),
+        Case(r=5, alpha=2.0),
+        *(Case(specimen=name) for name in (*KINDS, "stack")),
+    ),
 )
 def rslora(trial: Trial) -> None:
-    """Judge the handles and the outputs."""
+    """Judge the handles and the outputs: those of a model without it whose ΔW is the same."""
     config = trial.config(use_rslora=True)
     base, x = trial.base(), trial.inputs()
     model = trial.adapted(config=config)
 
     _scaled(trial, model, config.scaling, "under rsLoRA")
-    _close(trial, base, model, x)
+    # `randomize` divides B by the scaling. Both outputs are rounded, and each model's B.
+    plain, budget = trial.adapted(), 3 * trial.budget(base, trial.snapshot(model), x)
+    trial.close(trial.call(model, x), trial.call(plain, x), budget, "output, as without rsLoRA")
 
 
 @spec(
@@ -161,17 +172,22 @@ def rslora(trial: Trial) -> None:
     claim="Under lora_bias the output of the branch MUST hold scaling·bias.",
     why="A bias on B that is added without its scaling is another one once it is merged or served.",
     source=("DESIGN: it adds scaling·bias to the output", "BUGS 17"),
-    needs=("forward/scaling", "trainable/only-lora"),
+    needs=("forward/scaling", "trainable/only-lora", "forward/fused-parts"),
     features=("lora_bias",),
-    cases=(Case(), Case(specimen="bare")),
+    cases=(Case(), *(Case(specimen=name) for name in ("bare", "fused", "conv2d"))),
 )
 def lora_bias(trial: Trial) -> None:
     """Judge the unmerged outputs, of zeros too: they show the bias alone."""
     base, x = trial.base(), trial.inputs()
     model = trial.adapted(config=trial.config(lora_bias=True))
+    if any(f.bias is None for parts in trial.factors(model).values() for f in parts):
+        fail(
+            "names", expected="Factors with a bias under lora_bias", actual="without", where="proj"
+        )
 
-    for given in (x, x * 0):
-        _close(trial, base, model, given)
+    _close(trial, base, model, x * 0)
+    if trial.case.specimen != "conv2d":  # forward/conv2d's
+        _close(trial, base, model, x)
 
 
 @spec(

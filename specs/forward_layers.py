@@ -90,8 +90,8 @@ def embedding(trial: Trial) -> None:
     """Judge every row of a small table, and the indices in other shapes."""
     import torch
 
-    num = trial.base().get_submodule("proj").num_embeddings
-    _layer(trial, torch.arange(int(num)))  # type: ignore[arg-type]  # an nn.Embedding's
+    num: Any = trial.base().get_submodule("proj").num_embeddings
+    _layer(trial, torch.arange(num, device=trial.case.device))
     _layer(trial, trial.inputs())
     _layer(trial, trial.inputs()[:0])
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from harness.adapters.equation import Branch, EmbeddingBranch
+from harness.adapters.equation import Branch, ConvBranch, EmbeddingBranch
 from harness.adapters.reference import Reference
 from harness.faults.record import fault
 from harness.faults.wrong import after_injection, answering, branches, named, wrong
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ORACLE = "forward/equals-oracle"
 SCALING = "forward/scaling"
+RSLORA = "forward/rslora"
 
 
 @fault(
@@ -66,6 +67,39 @@ def adds_its_bias_unscaled() -> Adapter:
         return y if bias is None else y + (1 - self.scaling) * bias
 
     return wrong(branches={**branches(forward=forward), nn.Embedding: EmbeddingBranch})
+
+
+@fault(
+    sin="The bias on B is added without its scaling in the parts of a fused projection.",
+    killed_by="forward/lora-bias",
+    replays=("17",),
+    varies="lora_bias on a fused projection",
+)
+def adds_a_parts_bias_unscaled() -> Adapter:
+    """A whole layer's is scaled."""
+
+    def forward(self: Any, base: Any, x: Tensor) -> Tensor:
+        y: Tensor = Branch.forward(self, base, x)
+        bias = self.lora_bias
+        return y if bias is None or not self.rows else y + (1 - self.scaling) * bias
+
+    own = named(Branch, {"forward": forward})
+    return wrong(branches={**Reference.branches, nn.Linear: own})
+
+
+@fault(
+    sin="A convolution's bias on B is made, and never added.",
+    killed_by="forward/lora-bias",
+    varies="lora_bias on a convolution",
+)
+def drops_a_convolutions_bias() -> Adapter:
+    """Its 1 × 1 convolution has none."""
+
+    def up(self: Any, base: Any, x: Tensor) -> Tensor:
+        y: Tensor = ConvBranch.up(self, base, x)
+        return y if self.lora_bias is None else y - self.lora_bias[:, None, None]
+
+    return wrong(branches=branches(ConvBranch, up=up))
 
 
 @fault(
@@ -207,9 +241,75 @@ def keeps_the_first_scaling() -> Adapter:
     return _scaled(scale)
 
 
+def _scaled_for(kind: type[Branch], scale: Any, *, parts: bool = False) -> Adapter:
+    """A reference whose branches of exactly a kind, or of parts alone, have another scaling."""
+
+    def own(self: Any, config: LoraConfig) -> float:
+        other: float = config.scaling if parts and self.rows is None else scale(config)
+        return other
+
+    made = {b: named(k, {"scale": own}) for b, k in Reference.branches.items() if k is kind}
+    adapter: Adapter = wrong(branches={**Reference.branches, **made})
+    return adapter
+
+
+@fault(
+    sin="A convolution's scaling is alpha/(3·r), its kernel being 3 wide.",
+    killed_by=SCALING,
+    varies="a convolution",
+)
+def divides_by_the_side_of_the_kernel() -> Adapter:
+    """By the rank that the factors have where they are r times as large as the kernel's side."""
+    return _scaled_for(ConvBranch, lambda c: c.scaling / 3)
+
+
+@fault(
+    sin="The scaling of each part of a fused projection is divided by three.",
+    killed_by=SCALING,
+    replays=("23",),
+    varies="a fused projection",
+)
+def divides_by_the_number_of_parts() -> Adapter:
+    """Three adapters of rank r made one of rank 3·r, with the alpha of one."""
+    return _scaled_for(Branch, lambda c: c.scaling / 3, parts=True)
+
+
+@fault(
+    sin="use_rslora is ignored for embeddings.",
+    killed_by=RSLORA,
+    replays=("19",),
+    varies="rsLoRA on an embedding",
+)
+def ignores_rslora_for_embeddings() -> Adapter:
+    """Each kind of layer has code of its own for it."""
+    return _scaled_for(EmbeddingBranch, lambda c: c.lora_alpha / c.r)
+
+
+@fault(
+    sin="use_rslora is ignored for convolutions.",
+    killed_by=RSLORA,
+    replays=("19",),
+    varies="rsLoRA on a convolution",
+)
+def ignores_rslora_for_convolutions() -> Adapter:
+    """The same there."""
+    return _scaled_for(ConvBranch, lambda c: c.lora_alpha / c.r)
+
+
+@fault(
+    sin="use_rslora is ignored for the parts of a fused projection.",
+    killed_by=RSLORA,
+    replays=("19",),
+    varies="rsLoRA on a fused projection",
+)
+def ignores_rslora_for_parts() -> Adapter:
+    """And there."""
+    return _scaled_for(Branch, lambda c: c.lora_alpha / c.r, parts=True)
+
+
 @fault(
     sin="use_rslora is taken and ignored.",
-    killed_by="forward/rslora",
+    killed_by=RSLORA,
     replays=("19",),
     varies="rsLoRA",
 )
