@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness.adapters.equation import Branch, EmbeddingBranch
+from harness.adapters.equation import Branch, ConvBranch, EmbeddingBranch
 from harness.adapters.wrapped import Adapted
 from harness.faults.record import fault
 from harness.faults.wrong import branches, layer, wrong
@@ -76,6 +76,38 @@ def drops_without_dividing() -> Adapter:
     return _dropped(
         lambda x, p, training: functional.dropout(x, p, training) * (1 - p if training else 1)
     )
+
+
+def _dropped_undivided(fits: Any) -> Adapter:
+    """A reference whose branches that fit do not divide what they keep."""
+
+    def drop(self: Any, x: Tensor) -> Tensor:
+        y: Tensor = super(type(self), self).drop(x)
+        sin = fits(self) and self.training and self.dropout is not None
+        return y * (1 - self.dropout.p) if sin else y
+
+    adapter: Adapter = wrong(branches=branches(drop=drop))
+    return adapter
+
+
+@fault(
+    sin="In a convolution what is kept is not divided by 1 - p.",
+    killed_by=ON,
+    varies="a convolution in train mode with dropout",
+)
+def drops_without_dividing_in_a_convolution() -> Adapter:
+    """A mask of its own."""
+    return _dropped_undivided(lambda branch: isinstance(branch, ConvBranch))
+
+
+@fault(
+    sin="In a fused projection what is kept is not divided by 1 - p.",
+    killed_by=ON,
+    varies="a fused projection in train mode with dropout",
+)
+def drops_without_dividing_in_parts() -> Adapter:
+    """A mask of its own."""
+    return _dropped_undivided(lambda branch: branch.rows is not None)
 
 
 @fault(
