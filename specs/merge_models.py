@@ -108,6 +108,34 @@ def tied_weights(trial: Trial) -> None:
 
 
 @spec(
+    "merge/shared-module",
+    claim="Merging a module reached under two names MUST fold ΔW in once.",
+    why="A merge that walks over names adds ΔW once for each, and every use of the layer is wrong.",
+    source=(
+        "DESIGN: A module reached under two names is one module, known by the first",
+        "https://github.com/vllm-project/vllm/issues/39815",
+    ),
+    features=("merge",),
+    needs=("merge/same-output", "targeting/shared-module"),
+    cases=(Case(specimen="shared"),),
+)
+def shared_module(trial: Trial) -> None:
+    """Merge into a layer that is used twice; unmerged, where that is claimed, it is as before."""
+    base, given = trial.base(), trial.inputs()
+    model = trial.adapted()
+    factors = trial.snapshot(model)
+    before = trial.call(model, given)
+    budget = trial.budget(base, factors, given)
+    trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
+    trial.close(
+        trial.call(model, given), trial.truth(base, factors, given), budget, "merged output"
+    )
+    if trial.claims("unmerge"):
+        trial.adapter.unmerge(model)  # type: ignore[attr-defined]  # claimed
+        trial.close(trial.call(model, given), before, 2 * budget, "output after unmerging")
+
+
+@spec(
     "merge/bias-scaled",
     claim="Merging MUST add scaling·bias to the base's bias; where there is none, make one or raise.",
     why="A trained bias on B that a merge drops or does not scale shifts every output.",

@@ -186,6 +186,25 @@ def merges_into_the_shared_tensor() -> Adapter:
     return with_layer(InPlace)
 
 
+class OncePerName(Reference):
+    def merge(self, model: nn.Module) -> None:
+        fresh = [layer for layer in self.layers(model).values() if not layer.kept]
+        super().merge(model)
+        named = [module for _, module in model.named_modules(remove_duplicate=False)]
+        for layer in fresh:
+            for _ in range(named.count(layer) - 1):
+                layer.base = layer.merged()
+
+
+@fault(
+    sin="A layer that two names reach is merged once for each.",
+    killed_by="merge/shared-module",
+    varies="a module used twice",
+)
+def merges_once_per_name() -> Adapter:
+    return OncePerName()
+
+
 class DropsBias(Adapted):
     def merge_bias(
         self, weight: Tensor, bias: Tensor | None, delta: Tensor | None, rows: slice | None
