@@ -2,7 +2,7 @@
 
 On one-hot inputs a layer without a bias answers with the entries of its weight, with no rounding: so
 the weight in effect is read off a layer whose weight may lie anywhere. Where the implementation offers
-`base_weight`, that is read as well.
+`base_weight`, that is read as well while nothing is merged.
 """
 
 from __future__ import annotations
@@ -71,14 +71,24 @@ def delta(base: nn.Module, factors: Snapshot) -> tuple[Tensor, Tensor]:
 
 
 def check_weight(
-    trial: Trial, model: nn.Module, base: nn.Module, *, W: Tensor, budget: Tensor, what: str
+    trial: Trial,
+    model: nn.Module,
+    base: nn.Module,
+    *,
+    W: Tensor,
+    budget: Tensor,
+    what: str,
+    merged: bool = False,
 ) -> None:
-    """The weight in effect is W within the budget: by function, and through `base_weight`."""
+    """The weight in effect is W within the budget: by function and, unmerged, through `base_weight`.
+
+    While merged `base_weight` is not asked: it is the frozen weight, and may be that before merging.
+    """
     shown = basis(trial)
     found = trial.call(model, shown)
     trial.close(found, spread(base, W, shown), spread(base, budget, shown), what)
     read = getattr(trial.adapter, "base_weight", None)
-    if read is not None:
+    if read is not None and not merged:
         held = read(model, "proj")
         if held.dtype != trial.dtype:
             fail(

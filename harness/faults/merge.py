@@ -266,9 +266,9 @@ class MergesNothing(Reference):
 
 @fault(
     sin="Merging is dead code: nothing is folded, and the branch goes on acting.",
-    killed_by=WEIGHT,
+    killed_by="cost/merged-costs-what-the-base-costs",
     replays=("2",),
-    varies="the weight, which is to be looked at",
+    varies="the operations of a merged call",
 )
 def merge_is_dead_code() -> Adapter:
     return MergesNothing()
