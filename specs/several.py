@@ -129,6 +129,8 @@ def isolation(trial: Trial) -> None:
 
 def _do(trial: Trial, model: nn.Module, act: str, actor: str) -> None:
     """Do something to one adapter."""
+    from harness.specs import checkpoint
+
     adapter: Any = trial.adapter
     if act == "add":
         there = [(name, p, p.requires_grad) for name, p in model.named_parameters()]
@@ -149,7 +151,7 @@ def _do(trial: Trial, model: nn.Module, act: str, actor: str) -> None:
         if act == "train":
             _train(model, trial.inputs())
         elif act == "load":
-            state = {key: value.clone() for key, value in adapter.state_dict(model).items()}
+            state = checkpoint.kept(trial, model)
             trial.randomize(model, seed=9)
             adapter.load_state_dict(model, state)
         else:
