@@ -45,8 +45,9 @@ def disabled_equals_base(trial: Trial) -> None:
     base, x = trial.base(), trial.inputs()
     bare = trial.call(base, x)
     way = trial.case.way
-    config = trial.config() if trial.claims("dropout") else trial.config(lora_dropout=0.0)
-    model = trial.adapted(base, config)
+    # Where `eval()` merges, outputs are compared in train mode: dropout would make them random.
+    steady = getattr(trial.adapter, "eval_merges", False) or not trial.claims("dropout")
+    model = trial.adapted(base, trial.config(lora_dropout=0.0) if steady else trial.config())
     before, values = trial.call(model, x), trial.snapshot(model)
     if way == "train":
         model.train()
@@ -63,15 +64,7 @@ def disabled_equals_base(trial: Trial) -> None:
 
     assert inside is not None
     trial.same_bits(inside, bare, "outputs while disabled")
-    after = _state(model)
-    for name, was in state.items():
-        if after.get(name) != was:
-            fail(
-                "state",
-                expected=f"{name} as before: {was}",
-                actual=str(after.get(name)),
-                where=f"after leaving `disable`{' by an exception' if way == 'exception' else ''}",
-            )
+    _same_state(model, state, f"after leaving `disable`{' by an exception' * (way == 'exception')}")
     trial.unmerged(model)
     trial.same_bits(trial.call(model, x), before, "outputs after leaving `disable`")
     _same(trial, trial.snapshot(model), values, "after leaving `disable`")
@@ -88,11 +81,52 @@ def _state(model: nn.Module) -> dict[str, bool]:
     return {**trains, **modes}
 
 
+def _same_state(model: nn.Module, then: dict[str, bool], when: str) -> None:
+    now = _state(model)
+    for name, was in then.items():
+        if now.get(name) != was:
+            fail(
+                "state", expected=f"{name} as before: {was}", actual=str(now.get(name)), where=when
+            )
+
+
 def _same(trial: Trial, now: Snapshot, then: Snapshot, when: str) -> None:
     from harness import descent
 
     for where, (new, old) in descent.pairs(now, then):
         trial.same_bits(new, old, f"{where} {when}")
+
+
+@spec(
+    "several/disabled-keeps-the-active",
+    claim="With a second adapter active, `disable` MUST give the base, and on leaving that adapter MUST "
+    "act again.",
+    why="A run whose reference policy is the base goes on, after the first comparison, with another "
+    "adapter's outputs and gradients.",
+    source=("DESIGN.md, disable: on leaving everything as it was, the active adapter too",),
+    needs=("several/switch", "several/disabled-equals-base"),
+    features=("disable", "multi_adapter"),
+    cases=(Case(),),
+    more_cases=(Case(specimen="stack"), Case(specimen="embedding")),
+)
+def disabled_keeps_the_active(trial: Trial) -> None:
+    """Judge outputs inside, and outputs, trainability, modes and factors of the second after."""
+    base, x = trial.base(), trial.inputs()
+    bare = trial.call(base, x)
+    model = trial.adapted(base)
+    adapter: Any = trial.adapter
+    adapter.add(model, "second", trial.config())
+    activate(trial, model, "second")
+    values = trial.randomize(model, seed=1)
+    before, state = trial.call(model, x), _state(model)
+    with adapter.disable(model):
+        inside = trial.call(model, x)
+
+    when = "after leaving `disable` with a second adapter active"
+    trial.same_bits(inside, bare, "outputs while disabled, a second adapter being active")
+    trial.same_bits(trial.call(model, x), before, f"outputs {when}")
+    _same_state(model, state, when)
+    _same(trial, trial.snapshot(model), values, when)
 
 
 @spec(

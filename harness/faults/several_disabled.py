@@ -38,6 +38,24 @@ def disables_the_first_layer_only() -> Adapter:
 
 
 @fault(
+    sin="On leaving `disable` the first adapter acts, whichever did before.",
+    killed_by="several/disabled-keeps-the-active",
+    varies="disabling while a second adapter acts",
+)
+def leaving_disable_activates_the_first() -> Adapter:
+    @contextmanager
+    def disable(self: Any, model: nn.Module) -> Iterator[None]:
+        try:
+            with Reference.disable(self, model):
+                yield
+        finally:
+            if "second" in self.state(model).configs:
+                self.activate(model, "default")
+
+    return wrong(disable=disable)
+
+
+@fault(
     sin="Inside `disable`, modules that were trained whole go on acting.",
     killed_by="several/disabled-leaves-saved-modules-out",
     replays=("95",),
