@@ -198,20 +198,34 @@ def updates(
 
 
 def combined(magnitude: Tensor, *, r: int, factor_dtype: torch.dtype) -> Tensor:
-    """The budget of a weighted sum of ΔWs that is stored as one pair of factors.
+    """The budget of a weighted sum of ΔWs that is stored as one pair of factors, elementwise.
 
-    Concatenated factors cost three roundings for each entry (weight times scaling, times B, stored) and
-    the product's own. A sum that is factored anew, by an SVD, is backward stable: its error is bounded
-    by the size of the whole, not of each element (Higham, section 3.5). The larger bound is allowed.
+    Three errors add up; S is the sum, |S| ≤ M = `magnitude` elementwise, so that M's norms bound S's.
+
+    - The sum, or concatenated factors: three roundings of each entry (weight times scaling, times B,
+      stored) and the product's own, (4u + γ(r + 4))·M.
+    - Factored anew by an SVD: that of S + E, ‖E‖₂ ≤ p·u·‖S‖₂ (LAPACK Users' Guide, section 4.9), p growing
+      modestly with the size n = max(m, n): √n, as roundings add up like a random walk (Higham and Mary,
+      SIAM J. Sci. Comput. 41, 2019), and r + 4 more for the singular values that scale the factors.
+      |E_ij| ≤ ‖E‖₂, and ‖S‖₂ ≤ ‖M‖_F. No SVD is computed in half precision.
+    - Its factors, stored: P = UΣᵗ and Q = Σ¹⁻ᵗVᵀ, 0 ≤ t ≤ 1, rounded twice each, err by 4u·Σ_k |P_ik Q_kj|,
+      at most 4u·‖P_i‖‖Q_j‖. As the rows of U and V are no longer than 1, that is no more than the longer
+      of S's row i and column j. A convolution is factored in a layout of its own: ‖M‖_F there.
 
     Args:
         magnitude: float64, Σ |weight|·|scaling|·|B|·|A|.
         r: the ranks together.
         factor_dtype: of the factors.
     """
-    whole = magnitude.norm() / magnitude.numel() ** 0.5
     u = unit_roundoff(factor_dtype)
-    return torch.maximum(magnitude, whole) * (4 * u + accumulation(r + 4, factor_dtype))
+    grown = accumulation(
+        r + 4 + math.isqrt(max(len(magnitude), magnitude[0].numel())), factor_dtype
+    )
+    whole: Tensor = magnitude.norm()
+    across = torch.maximum(magnitude.norm(dim=0), magnitude.norm(dim=1, keepdim=True))
+    line = across if magnitude.dim() == 2 else whole
+    summed = magnitude * (4 * u + accumulation(r + 4, factor_dtype))
+    return summed + line * 4 * u + whole * grown
 
 
 NF4_HALF_GAP = 0.152

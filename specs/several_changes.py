@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from harness.case import Case
@@ -147,6 +148,41 @@ def while_merged(trial: Trial) -> None:
 
 
 @spec(
+    "several/merges-the-active",
+    claim="Merging MUST fold the adapter that acts, and unmerging MUST take that one out again.",
+    why="What is deployed is what was merged: a merge of the first, whichever acts, serves another task.",
+    source=(DESIGN, "DESIGN.md, merge"),
+    needs=("several/switch", "merge/same-output", "merge/restores-base"),
+    features=("multi_adapter", "merge"),
+    cases=(Case(),),
+    more_cases=(Case(specimen="stack"), Case(specimen="embedding"), Case(specimen="fused")),
+)
+def merges_the_active(trial: Trial) -> None:
+    """Judge merged outputs of the second and, where `unmerge` is claimed, both adapters after it."""
+    base, x = trial.base(), trial.inputs()
+    model = trial.adapted()
+    adapter: Any = trial.adapter
+    first = trial.snapshot(model)
+    adapter.add(model, "second", trial.config())
+    activate(trial, model, "second")
+    second = trial.randomize(model, seed=1)
+    truth, budget = trial.truth(base, second, x), trial.budget(base, second, x)
+    adapter.merge(model)
+    trial.close(trial.call(model, x), truth, budget, "merged output of the second adapter")
+    if not trial.claims("unmerge"):
+        return
+    adapter.unmerge(model)
+    trial.unmerged(model)
+    # The weights may keep the roundings of going in and coming out, each of the merged sum.
+    left = 2 * budget
+    trial.close(trial.call(model, x), truth, budget + left, "output of the second, unmerged")
+    activate(trial, model, "default")
+    truth, budget = trial.truth(base, first, x), trial.budget(base, first, x)
+
+    trial.close(trial.call(model, x), truth, budget + left, "output of the first, after unmerging")
+
+
+@spec(
     "several/combination",
     claim="The ΔW of a combined adapter MUST be the weighted sum of the ΔWs it is made of.",
     why="Adding up A and B apart gives cross terms, and a scale that is lost gives another adapter.",
@@ -166,6 +202,7 @@ def while_merged(trial: Trial) -> None:
         Case(specimen="embedding", way="negative"),
         Case(specimen="fused", way="three"),
         Case(specimen="stack", way="negative"),
+        Case(specimen="stack", way="targets"),
     ),
     more_cases=(
         Case(specimen="conv2d"),
@@ -174,17 +211,27 @@ def while_merged(trial: Trial) -> None:
     ),
 )
 def combination(trial: Trial) -> None:
-    """Judge ΔW, adapters of other ranks and alphas combined, and that outputs follow it."""
+    """Judge ΔW, adapters of other ranks, alphas or targets combined, and that outputs follow it.
+
+    A module that only some adapt has the weighted sum of those; refusing other targets is loud, too.
+    """
     import torch
 
     from harness import oracle, specimen, storage, tolerance
+    from harness.trial import Trial
 
     x = trial.inputs()
     model = trial.adapted()
     terms = _terms(trial, model)
     adapter: Any = trial.adapter
     names = [name for name, _, _ in terms]
-    adapter.combine(model, names, [weight for _, weight, _ in terms], "both")
+    try:
+        adapter.combine(model, names, [weight for _, weight, _ in terms], "both")
+    except Exception as error:  # any exception is loud
+        if trial.case.way != "targets":
+            raise
+        trial.notes.append(f"adapters of other targets are not combined: {type(error).__name__}")
+        return
     activate(trial, model, "both")
     made = trial.snapshot(model)
     # The combined adapter may be stored in a coarser dtype than what it is made of.
@@ -192,15 +239,19 @@ def combination(trial: Trial) -> None:
         (t.dtype for t in storage.handles(trial.factors(model))), key=tolerance.unit_roundoff
     )
     base = specimen.pristine(trial.case)
-    for path, parts in made.items():
+    for path in dict.fromkeys(chain(made, *(each for _, _, each in terms))):
         module = base.get_submodule(path)
-        truth = torch.stack([w * oracle.delta(module, each[path]) for _, w, each in terms]).sum(0)
-        sizes = [abs(w) * oracle.delta(module, each[path], absolute=True) for _, w, each in terms]
-        magnitude = torch.stack(sizes).sum(0)
-        ranks = sum(f.A.shape[0] for _, _, factors in terms for f in factors[path])
-        budget = tolerance.combined(magnitude, r=ranks, factor_dtype=stored)
-        trial.close(oracle.delta(module, parts), truth, budget, f"ΔW of {path}, combined")
-    truth, allowed = trial.truth(base, made, x), trial.budget(base, made, x)
+        here = [(w, each[path]) for _, w, each in terms if path in each]
+        none = torch.zeros_like(oracle.weight_of(module), dtype=torch.float64)
+        truth = sum((w * oracle.delta(module, parts) for w, parts in here), none)
+        sizes = (abs(w) * oracle.delta(module, parts, absolute=True) for w, parts in here)
+        ranks = sum(f.A.shape[0] for _, parts in here for f in parts)
+        budget = tolerance.combined(sum(sizes, none), r=ranks, factor_dtype=stored)
+        found = oracle.delta(module, made[path]) if path in made else none
+        trial.close(found, truth, budget, f"ΔW of {path}, combined")
+    alone = Trial(trial.adapter, trial.case)
+    alone.factors(model)  # budgets follow the dtype that is seen first: here the combined one's
+    truth, allowed = alone.truth(base, made, x), alone.budget(base, made, x)
 
     trial.close(trial.call(model, x), truth, allowed, "output of the combined adapter")
 
@@ -213,15 +264,18 @@ def _terms(trial: Trial, model: nn.Module) -> list[tuple[str, float, Snapshot]]:
         "negative": (1.5, -0.8),
         "one": (1.0,),
         "three": (0.4, -1.1, 0.9),
+        "targets": (0.7, -0.6),
     }[trial.case.way]
     terms = [("default", weights[0], trial.snapshot(model))]
     adapter: Any = trial.adapter
     for k, weight in enumerate(weights[1:], start=1):
         name = f"adapter{k}"
         # Of one rank and alpha, factors can be added up apart without an error.
-        other = (
-            {} if trial.case.way == "alike" else {"r": trial.case.r + 2 * k, "lora_alpha": 3.0 * k}
-        )
+        other: dict[str, Any] = {"r": trial.case.r + 2 * k, "lora_alpha": 3.0 * k}
+        if trial.case.way == "alike":
+            other = {}
+        if trial.case.way == "targets":
+            other["target_modules"] = ("foo", "qkv_proj")
         adapter.add(model, name, trial.config(**other))
         activate(trial, model, name)
         terms.append((name, weight, trial.randomize(model, seed=k)))

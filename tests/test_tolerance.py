@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from harness import registry, tolerance
+from harness.adapters.reference import Reference
 from harness.case import Case
 from harness.failure import Broken
 from harness.spec import catalogue
@@ -19,6 +20,7 @@ APART = 3.0
 """How many times over, on either side, the allowed value must lie between right and wrong."""
 
 LAYERS = ("linear", "bare", "embedding", "conv2d", "grouped", "fused", "fused-unequal")
+COMBINATION = catalogue()["several/combination"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -94,6 +96,17 @@ def test_a_models_budget_lies_between_right_and_wrong(dtype: str) -> None:
         ("forward/dropout-gradients", "forgets_the_mask_backward", Case(dropout=0.4)),
         ("forward/autocast", "scales_by_alpha", Case()),
         ("forward/phi3", "passes_by_unknown_parents", Case(specimen="tiny")),
+        ("several/combination", "combination_discards_the_weights", Case()),
+        (
+            "several/combination",
+            "combination_is_cut_to_one_rank",
+            Case(specimen="tiny", way="three"),
+        ),
+        (
+            "several/combination",
+            "combination_keeps_the_first_ones_modules",
+            Case(specimen="stack", way="targets"),
+        ),
     ],
 )
 def test_a_specs_budget_lies_between_the_reference_and_its_fault(
@@ -116,6 +129,44 @@ def test_a_specs_budget_lies_between_the_reference_and_its_fault(
     print(f"{spec:28} {case.dtype:9} right {right:8.3g}   allowed 1   wrong {off:8.3g}")
     assert right * APART <= 1
     assert off >= APART
+
+
+class FactorsAnew(Reference):
+    """The reference with combinations that are one SVD of their ΔW, stored in a dtype of theirs."""
+
+    def __init__(self, stored: torch.dtype = torch.float32) -> None:
+        self.stored = stored
+
+    def combine(self, model, names, weights, new_name):
+        super().combine(model, names, weights, new_name)
+        for adapted in self.layers(model).values():
+            for branch in adapted.of(new_name):
+                u, s, v = torch.linalg.svd(branch.lora_B @ branch.lora_A, full_matrices=False)
+                root = s[: len(branch.lora_A)].sqrt()
+                a, b = root[:, None] * v[: len(root)], u[:, : len(root)] * root
+                branch.lora_A.data.zero_()
+                branch.lora_B.data.zero_()
+                branch.lora_A.data[: len(root)] = a
+                branch.lora_B.data[:, : len(root)] = b
+                branch.to(self.stored)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "case",
+    [c for c in (*COMBINATION.cases, *COMBINATION.more_cases) if c.dtype == "float32"],
+    ids=str,
+)
+def test_a_combination_factored_anew_is_within_its_budget(case: Case, stored: torch.dtype) -> None:
+    """An SVD of the sum, stored in single or half precision, uses less than a third of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        broken, margins, _ = judge(FactorsAnew(stored), COMBINATION, case)
+
+    assert broken is None
+    right = max(m.used for m in margins)
+    print(f"{case!s:50} right {right:8.3g}   allowed 1")
+    assert right * APART <= 1
 
 
 @pytest.mark.parametrize(("n", "k", "p"), [(3200, 1120, 0.3), (16384, 3000, 0.25)])

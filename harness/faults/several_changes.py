@@ -6,8 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from harness.adapters.reference import Reference
+from harness.adapters.wrapped import Adapted
 from harness.faults.record import fault
-from harness.faults.wrong import wrong
+from harness.faults.wrong import layer, wrong
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,6 +60,42 @@ def activating_leaves_what_is_merged() -> Adapter:
             Reference.require_unmerged(self, model, verb)
 
     return wrong(require_unmerged=require_unmerged)
+
+
+MERGES = "several/merges-the-active"
+
+
+@fault(
+    sin="`merge` folds the first adapter, whichever acts.",
+    killed_by=MERGES,
+    varies="merging while a second adapter acts",
+)
+def merges_the_first_adapter() -> Adapter:
+    def merge(self: Any, model: nn.Module) -> None:
+        active = self.state(model).active
+        self.activate(model, "default")
+        Reference.merge(self, model)
+        self.state(model).active = active
+
+    return wrong(merge=merge)
+
+
+@fault(
+    sin="`unmerge` takes the first adapter's update out of the weights, whichever was merged.",
+    killed_by=MERGES,
+    varies="unmerging while a second adapter acts",
+)
+def unmerges_the_first_adapter() -> Adapter:
+    def unmerge(self: Any) -> None:
+        was_merged = bool(self.kept)
+        Adapted.unmerge(self)
+        if was_merged and self.active != "default":
+            for one, other in zip(self.branches, self.of("default"), strict=True):
+                rows = one.rows or slice(None)
+                change = one.delta(self.base) - other.delta(self.base)
+                self.base.weight.data[rows] += change.to(self.base.weight.dtype)
+
+    return wrong(layer=layer(unmerge=unmerge))
 
 
 def combining(change: Any) -> Adapter:
@@ -113,6 +150,21 @@ def combination_is_cut_to_one_rank() -> Adapter:
         for adapted in self.layers(model).values():
             for branch in adapted.of(new_name):
                 branch.lora_A.data[room:] = 0
+
+    return wrong(combine=combine)
+
+
+@fault(
+    sin="A combination adapts the modules of its first adapter only.",
+    killed_by=COMBINATION,
+    varies="adapters of other targets",
+)
+def combination_keeps_the_first_ones_modules() -> Adapter:
+    def combine(self: Any, model: Any, names: Any, weights: Any, new_name: str) -> None:
+        Reference.combine(self, model, names, weights, new_name)
+        for adapted in self.layers(model).values():
+            if not adapted.of(names[0]) and adapted.of(new_name):
+                del adapted.adapters[new_name]
 
     return wrong(combine=combine)
 
