@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Case(specimen="stack", way="names"),
         Case(specimen="stack", way="all-linear"),
         Case(specimen="stack", way="fewer"),
+        Case(way="rslora"),
     ),
     more_cases=(Case(specimen="tiny", way="all-linear"),),
 )
@@ -39,6 +40,9 @@ def other_settings(trial: Trial) -> None:
     """Judge which modules the second adapts, its scaling, and its outputs."""
     from harness import tolerance
 
+    if trial.case.way == "rslora" and not trial.claims("rslora"):
+        trial.notes.append("rslora is not claimed")
+        return
     base, x = trial.base(), trial.inputs()
     second = _second_config(trial)
     model = trial.adapted(base)
@@ -70,6 +74,8 @@ def other_settings(trial: Trial) -> None:
 
 
 def _second_config(trial: Trial) -> LoraConfig:
+    if trial.case.way == "rslora":
+        return trial.config(r=5, lora_alpha=2.0, use_rslora=True)
     targets: Any = {
         "names": ("foo", "foobar", "weight_proj"),
         "all-linear": "all-linear",
@@ -122,6 +128,70 @@ def _drops(trial: Trial, model: nn.Module, p: float, which: str) -> None:
             expected=f"{which} to drop by its own lora_dropout, {p:g}",
             actual=f"two calls in train mode {'agree, bit for bit' if p else 'differ'}",
         )
+
+
+@spec(
+    "several/add-keeps-the-mode",
+    claim="Adding and activating an adapter SHOULD leave every module in its mode, and the new adapter "
+    "SHOULD drop in train mode alone.",
+    why="A server that adds an adapter to a model in eval mode answers at random until somebody calls "
+    "`eval()` once more.",
+    source=("BUGS 119", "https://github.com/huggingface/peft/issues/3753"),
+    needs=("several/dropout-of-its-own",),
+    features=("multi_adapter", "dropout"),
+    cases=(Case(way="eval", dropout=0.5), Case(way="train", dropout=0.5)),
+)
+def add_keeps_the_mode(trial: Trial) -> None:
+    """Judge the modes of what was there, and whether two calls with the second adapter agree."""
+    x, trains = trial.inputs(), trial.case.way == "train"
+    if not trains and getattr(trial.adapter, "eval_merges", False):
+        trial.notes.append("vacuous: in eval mode it is merged")
+        return
+    model = trial.adapted()
+    model.train(trains)
+    # Of what comes with the new adapter its outputs tell: a module that holds factors has no mode.
+    there = list(model.named_modules())
+    adapter: Any = trial.adapter
+    adapter.add(model, "second", trial.config())
+    adapter.activate(model, "second")
+    for name, module in there:
+        if module.training is not trains:
+            fail(
+                "state",
+                expected=f"{name or 'the model'} in {trial.case.way} mode, as before",
+                actual=f"in {'train' if module.training else 'eval'} mode",
+            )
+    trial.randomize(model, seed=1)
+    one, other = trial.call(model, x), trial.call(model, x)
+    if one.equal(other) is trains:
+        fail(
+            "state",
+            expected=f"a second adapter, added in {trial.case.way} mode, "
+            f"{'to drop' if trains else 'not to drop'}",
+            actual=f"two calls {'agree, bit for bit' if trains else 'differ'}",
+        )
+
+
+@spec(
+    "several/added-names-are-loud",
+    claim="A target name of an added adapter that matches no module SHOULD raise or warn, also where "
+    "others match.",
+    why="A second adapter that adapts a fraction of what it says is trained and served as the whole.",
+    source=("BUGS 77, 86", "https://github.com/huggingface/peft/issues/3693"),
+    needs=("several/other-settings", "targeting/unmatched-name-is-loud"),
+    features=("multi_adapter",),
+    cases=(Case(specimen="stack", way="none-matches"), Case(specimen="stack", way="one-of-two")),
+)
+def added_names_are_loud(trial: Trial) -> None:
+    """Judge what is heard when a name of the second adapter means nothing."""
+    names = ("absent_proj",) if trial.case.way == "none-matches" else ("foo", "absent_proj")
+    model = trial.adapted()
+    adapter: Any = trial.adapter
+
+    trial.loud(
+        lambda: adapter.add(model, "second", trial.config(target_modules=names)),
+        expected=f"an error or a warning, as not all of {', '.join(names)} are in the model",
+    )
 
 
 @spec(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from harness.adapter import load_exactly
+from harness.adapter import load_exactly, matches
 from harness.adapters import settings
 from harness.adapters.equation import dropout_of
 from harness.adapters.reference import Reference
@@ -13,6 +14,7 @@ from harness.faults.record import fault
 from harness.faults.wrong import layer, wrong
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -21,6 +23,16 @@ if TYPE_CHECKING:
 
 SETTINGS = "several/other-settings"
 ISOLATION = "several/isolation"
+
+
+def adding(act: Callable[[Any, nn.Module, str], object]) -> Adapter:
+    """A reference that does `act(adapter, model, name)` once an adapter is added."""
+
+    def add(self: Any, model: nn.Module, name: str, config: Any, *, trainable: bool = True) -> None:
+        Reference.add(self, model, name, config, trainable=trainable)
+        act(self, model, name)
+
+    return wrong(add=add)
 
 
 @fault(
@@ -88,18 +100,68 @@ def second_adapter_takes_the_first_settings() -> Adapter:
 
 
 @fault(
+    sin="A second adapter's use_rslora is ignored: it is scaled by alpha/r.",
+    killed_by=SETTINGS,
+    varies="rsLoRA in the second adapter",
+)
+def second_adapter_ignores_rslora() -> Adapter:
+    def make_branches(self: Any, path: str, base: Any, adapter: str, config: Any) -> Any:
+        own = config if adapter == "default" else dataclasses.replace(config, use_rslora=False)
+        return Reference.make_branches(self, path, base, adapter, own)
+
+    return wrong(make_branches=make_branches)
+
+
+@fault(
+    sin="A second adapter's names that match nothing are passed over without a word.",
+    killed_by="several/added-names-are-loud",
+    replays=("77",),
+    varies="a misspelt target of the second adapter",
+)
+def second_adapter_passes_by_unmatched_names() -> Adapter:
+    def targets(self: Any, model: Any, config: Any) -> dict[str, nn.Module]:
+        names = config.target_modules
+        if self.state(model).configs and not isinstance(names, str):
+            there = [path for path, _ in model.named_modules()]
+            names = tuple(name for name in names if any(matches(path, name) for path in there))
+        found: dict[str, nn.Module] = {}
+        if names:
+            found = dataclasses.replace(config, target_modules=names).targets(model)
+        return found
+
+    return wrong(targets=targets)
+
+
+@fault(
+    sin="A second adapter that matches nothing at all is added without a word.",
+    killed_by="several/added-names-are-loud",
+    replays=("77",),
+    varies="no target of the second adapter in the model",
+)
+def second_adapter_may_adapt_nothing() -> Adapter:
+    def targets(self: Any, model: Any, config: Any) -> dict[str, nn.Module]:
+        try:
+            return config.targets(model)  # type: ignore[no-any-return]
+        except ValueError:
+            if self.state(model).configs and len(config.target_modules) == 1:
+                return {}
+            raise
+
+    return wrong(targets=targets)
+
+
+@fault(
     sin="Adding an adapter makes all others trainable, frozen or not.",
     killed_by=ISOLATION,
     replays=("89",),
     varies="a frozen adapter",
 )
 def adding_frees_every_adapter() -> Adapter:
-    def add(self: Any, model: nn.Module, name: str, config: Any, *, trainable: bool = True) -> None:
-        Reference.add(self, model, name, config, trainable=trainable)
+    def free(self: Any, model: nn.Module, name: str) -> None:
         trains = self.state(model).trainable
         trains.update({other: True for other in trains if other != name})
 
-    return wrong(add=add)
+    return adding(free)
 
 
 @fault(
@@ -109,12 +171,11 @@ def adding_frees_every_adapter() -> Adapter:
     varies="a frozen or inactive adapter beside the one that is added",
 )
 def adding_frees_all_until_activation() -> Adapter:
-    def add(self: Any, model: nn.Module, name: str, config: Any, *, trainable: bool = True) -> None:
-        Reference.add(self, model, name, config, trainable=trainable)
+    def free(self: Any, model: nn.Module, name: str) -> None:  # noqa: ARG001
         for adapted in self.layers(model).values():
             adapted.adapters.requires_grad_(True)
 
-    return wrong(add=add)
+    return adding(free)
 
 
 @fault(
@@ -211,14 +272,38 @@ def unknown_names_are_ignored() -> Adapter:
     varies="a second adapter with another dropout",
 )
 def adding_gives_all_its_dropout() -> Adapter:
-    def add(self: Any, model: nn.Module, name: str, config: Any, *, trainable: bool = True) -> None:
-        Reference.add(self, model, name, config, trainable=trainable)
+    def give(self: Any, model: nn.Module, name: str) -> None:
+        p = self.state(model).configs[name].lora_dropout
         for adapted in self.layers(model).values():
             for branches in adapted.adapters.values():
                 for branch in branches:
-                    branch.dropout = dropout_of(config.lora_dropout)
+                    branch.dropout = dropout_of(p)
 
-    return wrong(add=add)
+    return adding(give)
+
+
+@fault(
+    sin="A second adapter's dropout starts in train mode, whatever mode the model is in.",
+    killed_by="several/add-keeps-the-mode",
+    replays=("119",),
+    varies="adding to a model in eval mode",
+)
+def added_dropout_acts_in_eval() -> Adapter:
+    def start(self: Any, model: nn.Module, name: str) -> None:
+        for adapted in self.layers(model).values():
+            for branch in adapted.of(name):
+                branch.train()
+
+    return adding(start)
+
+
+@fault(
+    sin="Adding an adapter puts the model into eval mode.",
+    killed_by="several/add-keeps-the-mode",
+    varies="adding to a model in train mode",
+)
+def adding_ends_train_mode() -> Adapter:
+    return adding(lambda self, model, name: model.eval())  # noqa: ARG005
 
 
 @fault(
