@@ -81,7 +81,8 @@ def test_github_gets_an_error_for_each_failure(tmp_path, capsys):
     """One annotation a failed spec, escaped as workflow commands want it."""
     report = samples.check("bad", {"merge/same-output": "failed"}, finished=False)
     report["results"][25]["level"] = "MUST"
-    report["results"][0] |= {"level": "SHOULD", "outcome": "failed", "failures": []}
+    report["results"][0] |= {"level": "SHOULD", "outcome": "failed"}
+    report["results"][0]["failures"] = [{"expected": None, "actual": None, "reproduce": None}]
     report["results"][25]["sentence"] = "100 % merged\n::error::not a command"
     (path,) = samples.write(tmp_path, report)
 
@@ -95,6 +96,20 @@ def test_github_gets_an_error_for_each_failure(tmp_path, capsys):
     )
     assert should.startswith("::warning title=")
     assert should.endswith("MUST hold exact coverage.")
+    assert "None" not in should + error
     assert warning == (
         "::warning title=peft 0.21.2 tiny%2C 2026-01-02 03%3A00::the run was cut short"
+    )
+
+
+def test_github_hears_of_an_incomplete_verdict(tmp_path, capsys):
+    """What could not be judged is an error with the specs' names, since the check was not green."""
+    report = samples.check("idle", {"merge/no-drift": "not_run"}, verdict="INCOMPLETE")
+    (path,) = samples.write(tmp_path, report)
+
+    assert main(["report", str(path), "--github"]) == 0
+    count = len(samples.SPECS)
+    assert capsys.readouterr().out == (
+        "::error title=peft 0.21.2 tiny%2C 2026-01-02 03%3A00::"
+        f"INCOMPLETE: {count - 1} of {count} required specs ran; not run: merge/no-drift\n"
     )

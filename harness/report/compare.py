@@ -184,6 +184,8 @@ def command(args: argparse.Namespace) -> int:
         UsageError: fewer than two runs, one run twice, a word of `--fail-on` that is none, or an
             output that cannot be written.
     """
+    from harness.report.markdown import comparison
+
     fail_on = parse_words(args.fail_on)
     skipped: list[str] = []
     trend = _trend(args.reports, skipped)
@@ -191,6 +193,11 @@ def command(args: argparse.Namespace) -> int:
         print(f"skipped: {line}", file=sys.stderr)
     found = compare(trend.first, trend.last)
     several = trend if len(trend.runs) > 2 else None
+    # Told first: whatever cannot be written after, the verdict was heard.
+    if args.markdown == "-":
+        print(comparison(found, several), end="")
+    else:
+        print(tell(found, several))
     if args.json:
         from harness.report.schema import Recorder
 
@@ -209,15 +216,8 @@ def command(args: argparse.Namespace) -> int:
             skipped=tuple(skipped),
         )
         draw(page, Path(args.html))
-    if args.markdown:
-        from harness.report.markdown import comparison
-
-        text = comparison(found, several)
-        if args.markdown == "-":
-            print(text, end="")
-            return found.exit_code(fail_on)
-        replace(Path(args.markdown), text)
-    print(tell(found, several))
+    if args.markdown and args.markdown != "-":
+        replace(Path(args.markdown), comparison(found, several))
     return found.exit_code(fail_on)
 
 

@@ -137,13 +137,20 @@ def github(found: Mapping[str, Any]) -> Iterator[str]:
         first = (one.get("failures") or [{}])[0]
         parts = [one.get("sentence")]
         parts += [
-            f"{name} {plain(first[name])}" for name in ("expected", "actual") if name in first
+            f"{name} {plain(first[name])}"
+            for name in ("expected", "actual")
+            if first.get(name) is not None
         ]
         parts.append(first.get("reproduce"))
         message = "; ".join(plain(part) for part in parts if part)
         heading = f"{named(found)}: {plain(one['spec'])}"
         weight = "warning" if one.get("level") == "SHOULD" else "error"
         yield f"::{weight} title={_property(heading)}::{_data(message)}"
+    if found.get("verdict") == "INCOMPLETE":
+        idle = [plain(one["spec"]) for one in found["results"] if one["outcome"] == "not_run"]
+        message = f"INCOMPLETE: {found.get('ran')} of {found.get('required')} required specs ran"
+        message += f"; not run: {', '.join(idle)}" if idle else ""
+        yield f"::error title={_property(named(found))}::{_data(message)}"
     if not found["finished"]:
         yield f"::warning title={_property(named(found))}::the run was cut short"
 
