@@ -241,6 +241,44 @@ def bench(name="measured", seed=0, **changes):
     )
 
 
+def large_bench(name):
+    """A grid of 182 cells with 43 costs or more each, none of which is equal to another's."""
+    chance = random.Random(name)
+    counters, timings, memory = [], [], []
+    for cell in range(182):
+        where = {
+            "r": (0, 1, 4, 8, 16, 64, 128)[cell % 7],
+            "alpha": 16,
+            "dtype": ("float32", "bfloat16")[cell // 7 % 2],
+            "batch": 1 + cell // 14,
+            "sequence": 2048,
+            "checkpointing": "off",
+            "device": "cuda:0",
+            "threads": 1,
+        }
+        common = {
+            "subject": "peft",
+            "version": "0.21.2",
+            "model": "mini-4k",
+            "conditions": where,
+        }
+        for phase in ("inject", "training-step", "evaluation", "merged"):
+            row = common | {"phase": phase}
+            for at, metric in enumerate(("flops", "operations", "python_calls", "bytes_live")):
+                value = 10**12 + cell * 7_919 + at * 104_729
+                counters.append(row | {"metric": metric, "value": value, "unit": "1"})
+            value = chance.uniform(0.1, 0.2)
+            samples = [value] * 10
+            timings.append(
+                row | {"metric": "seconds", "value": value, "unit": "s", "samples": samples}
+            )
+            memory += [
+                row | {"metric": "peak_bytes", "kind": kind, "value": 10**9 + cell, "unit": "B"}
+                for kind in KINDS[:6]
+            ]
+    return head("bench", name) | {"counters": counters, "timings": timings, "memory": memory}
+
+
 def night(day, rows=500):
     """One night of a year: `rows` rows, few of which ever change."""
     chance = random.Random(day)

@@ -10,7 +10,7 @@ outcomes of specs        stacked bars over the runs of a history
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,12 +18,12 @@ from harness.report.rows import place, title
 from harness.report.words import (
     OUTCOMES,
     compact,
-    named,
     number_of,
     outcome,
     plain,
     quantity,
     seconds,
+    told_apart,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
     Cell = str
     RankRow = tuple[float, float, Mapping[str, Any]]
+
+DRAWABLE = 1e300
+"""The largest number on an axis: a stack of seven and the room above it are finite too."""
 
 MOST = 48
 """Charts of one kind on a page; every value is in the tables all the same."""
@@ -59,7 +62,7 @@ class Chart:
         x_label: what they are.
         y_label: what is drawn, with its unit.
         series: the data, in the unit of `y_label`.
-        limit: a line across, and what it is called.
+        limits: lines across, and what each is called.
         top: the end of the y axis, where charts must be comparable.
         headers: of the table.
         rows: of the table.
@@ -72,7 +75,7 @@ class Chart:
     x_label: str
     y_label: str
     series: tuple[Series, ...]
-    limit: tuple[str, float] | None = None
+    limits: tuple[tuple[str, float], ...] = ()
     top: float | None = None
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -81,17 +84,21 @@ class Chart:
         """What the script needs; the table is in the page already."""
         told = asdict(self)
         del told["headers"], told["rows"], told["note"]
+        # The script works with sums and differences of these: they must be finite as well.
+        for one in told["series"]:
+            one["y"] = [None if y is None or abs(y) > DRAWABLE else y for y in one["y"]]
+        told["limits"] = [one for one in told["limits"] if abs(one[1]) <= DRAWABLE]
         return told
 
 
-def training(reports: Iterable[Mapping[str, Any]]) -> Iterator[Chart]:
+def training(reports: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
     """Loss, evaluation loss and learning rate over steps, each report a line."""
     curves: dict[str, dict[str, list[list[Any]]]] = defaultdict(dict)
-    for report in reports:
+    for report, run in zip(reports, told_apart(reports), strict=True):
         for name, points in (report.get("training") or {}).items():
             if name in {"loss", "eval_loss", "learning_rate"} and points:
                 group = "learning rate" if name == "learning_rate" else "loss"
-                label = f"{named(report)}{', held out' if name == 'eval_loss' else ''}"
+                label = f"{run}{', held out' if name == 'eval_loss' else ''}"
                 curves[group][label] = points
     for group, lines in curves.items():
         steps = sorted(
@@ -125,26 +132,34 @@ def training(reports: Iterable[Mapping[str, Any]]) -> Iterator[Chart]:
         )
 
 
-def against_rank(reports: Iterable[Mapping[str, Any]]) -> list[Chart]:
-    """Every timing and every total of memory that was measured at two ranks or more."""
+def against_rank(reports: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Every timing and every total of memory that was measured at two ranks or more.
+
+    A line is an implementation or, of several reports, an implementation in a run.
+    """
     groups: dict[tuple[str, ...], dict[str, list[RankRow]]] = defaultdict(lambda: defaultdict(list))
-    budget: float | None = None
-    for report in reports:
-        budget = _finite(report.get("budget")) or budget
+    budgets: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    for report, run in zip(reports, told_apart(reports), strict=True):
+        budget = _finite(report.get("budget"))
         for section in ("timings", "memory"):
             for row in report[section]:
                 rank = _finite((row.get("conditions") or {}).get("r"))
                 value = seconds(row) if section == "timings" else _finite(row["value"])
                 if row.get("kind") or rank is None or value is None or not math.isfinite(value):
                     continue
+                unit = plain(row.get("unit") or "", limit=24)
                 key = (
                     section,
                     plain(row["metric"], limit=60),
-                    plain(row.get("unit") or "", limit=24),
+                    unit,
                     plain(row.get("phase") or "", limit=60),
                     _rest(row),
                 )
-                groups[key][plain(row["subject"], limit=60)].append((rank, value, row))
+                subject = plain(row["subject"], limit=60)
+                line = f"{subject}, {run}" if len(reports) > 1 else subject
+                groups[key][line].append((rank, value, row))
+                if budget and section == "memory" and unit in {"B", "bytes"}:
+                    budgets[key][run] = budget
     charts = []
     for (section, metric, unit, phase, rest), lines in groups.items():
         ranks = sorted({rank for rows in lines.values() for rank, _, _ in rows if rank > 0})
@@ -155,7 +170,6 @@ def against_rank(reports: Iterable[Mapping[str, Any]]) -> list[Chart]:
             name: _over(ranks, {rank: value for rank, value, _ in rows})
             for name, rows in lines.items()
         }
-        is_bytes = section == "memory" and unit in {"B", "bytes"}
         charts.append(
             Chart(
                 kind="line",
@@ -171,9 +185,7 @@ def against_rank(reports: Iterable[Mapping[str, Any]]) -> list[Chart]:
                     )
                     for name, values in found.items()
                 ),
-                limit=(f"budget {quantity(budget, 'B')}", budget / scale)
-                if is_bytes and budget
-                else None,
+                limits=_limits(budgets[section, metric, unit, phase, rest], scale),
                 headers=("rank", *found),
                 rows=tuple(
                     (f"{rank:g}", *(quantity(values.get(rank), unit) for values in found.values()))
@@ -185,14 +197,29 @@ def against_rank(reports: Iterable[Mapping[str, Any]]) -> list[Chart]:
     return sorted(charts, key=lambda chart: (*_weight(chart.title), chart.title, chart.note))[:MOST]
 
 
-def memory_by_kind(reports: Iterable[Mapping[str, Any]]) -> list[Chart]:
+def _limits(budgets: Mapping[str, float], scale: float) -> tuple[tuple[str, float], ...]:
+    """A line for each budget, with its runs where there are several."""
+    found: dict[float, list[str]] = defaultdict(list)
+    for run, budget in budgets.items():
+        found[budget].append(run)
+    return tuple(
+        (
+            f"budget {quantity(budget, 'B')}{f' of {runs[0]}' if len(found) > 1 else ''}",
+            budget / scale,
+        )
+        for budget, runs in found.items()
+    )
+
+
+def memory_by_kind(reports: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Memory's kinds stacked over rank, a chart for each implementation under the same axis."""
-    groups: dict[tuple[str, str, str], dict[str, dict[str, float]]] = defaultdict(
+    groups: dict[tuple[str, str, str, str], dict[float | None, dict[str, float]]] = defaultdict(
         lambda: defaultdict(dict)
     )
-    budget: float | None = None
-    for report in reports:
-        budget = _finite(report.get("budget")) or budget
+    budgets: dict[str, float] = {}
+    for report, run in zip(reports, told_apart(reports), strict=True):
+        if budget := _finite(report.get("budget")):
+            budgets[run] = budget
         for row in report["memory"]:
             value = _finite(row["value"])
             if not row.get("kind") or value is None:
@@ -202,20 +229,24 @@ def memory_by_kind(reports: Iterable[Mapping[str, Any]]) -> list[Chart]:
                 plain(row.get("phase") or "", limit=60),
                 _rest(row),
                 plain(row["subject"], limit=60),
+                run,
             )
-            place_ = "–" if rank is None else f"{rank:g}"
-            groups[key][place_][plain(row["kind"], limit=40)] = value
-    tallest = max(
-        (sum(kinds.values()) for places in groups.values() for kinds in places.values()), default=0
-    )
+            groups[key][rank][plain(row["kind"], limit=40)] = value
+    sums = [sum(kinds.values()) for places in groups.values() for kinds in places.values()]
+    tallest = max((one for one in sums if one <= DRAWABLE), default=0)
     scale, shown = scaled([tallest], "B")
     charts = []
-    for (phase, rest, subject), places in sorted(groups.items()):
+    for (phase, rest, subject, run), unsorted in sorted(groups.items()):
+        places = {
+            "–" if rank is None else f"{rank:g}": unsorted[rank]
+            for rank in sorted(unsorted, key=lambda rank: -1 if rank is None else rank)
+        }
+        named_ = f"{subject}, {run}" if len(reports) > 1 else subject
         kinds = list(dict.fromkeys(kind for found in places.values() for kind in found))
         charts.append(
             Chart(
                 kind="bar",
-                title=f"{subject}, {phase}" if phase else subject,
+                title=f"{named_}, {phase}" if phase else named_,
                 note=rest,
                 x=tuple(places),
                 x_label="rank r",
@@ -224,13 +255,16 @@ def memory_by_kind(reports: Iterable[Mapping[str, Any]]) -> list[Chart]:
                     Series(
                         name=kind,
                         y=tuple(
-                            found[kind] / scale if kind in found else None
+                            # A stack that no axis holds is in the table alone.
+                            found[kind] / scale
+                            if kind in found and sum(map(abs, found.values())) <= DRAWABLE
+                            else None
                             for found in places.values()
                         ),
                     )
                     for kind in kinds
                 ),
-                limit=(f"budget {quantity(budget, 'B')}", budget / scale) if budget else None,
+                limits=_limits({run: budgets[run]} if run in budgets else {}, scale),
                 top=tallest / scale,
                 headers=("rank", *kinds, "sum"),
                 rows=tuple(
@@ -257,18 +291,19 @@ def intervals(found: Comparison) -> Iterator[Chart]:
     )
 
 
-def paired(reports: Iterable[Mapping[str, Any]]) -> Iterator[Chart]:
+def paired(reports: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
     """The paired times of the reports themselves, each against the other side of its pair."""
     yield from _intervals(
         "Paired times",
         (
             (
                 pair["verdict"],
-                f"{title(row)} against {plain(pair.get('against') or '–', limit=60)}",
+                f"{title(row)} against {plain(pair.get('against') or '–', limit=60)}"
+                + (f", {run}" if len(reports) > 1 else ""),
                 place(row),
                 *(_finite(pair.get(name)) for name in ("low", "ratio", "high")),
             )
-            for report in reports
+            for report, run in zip(reports, told_apart(reports), strict=True)
             for row in report["timings"]
             if (pair := row.get("paired"))
         ),
@@ -279,12 +314,19 @@ def _intervals(heading: str, rows: Iterable[tuple[Any, ...]]) -> Iterator[Chart]
     known = [row for row in rows if all(one is not None for one in row[3:])]
     shown = [row for row in known if all(map(math.isfinite, row[3:]))][:MOST]
     if shown:
+        seen: Counter[str] = Counter()
+
+        def once(label: str) -> str:
+            # The script places a row by its label.
+            seen[label] += 1
+            return label if seen[label] == 1 else f"{label} ({seen[label]})"
+
         yield Chart(
             kind="interval",
             title=heading,
             note="The diamond is the ratio, the bar its interval.",
             x=tuple(
-                f"{verdict}: {name}{f', {where}' if where else ''}"
+                once(f"{verdict}: {name}{f', {where}' if where else ''}")
                 for verdict, name, where, *_ in shown
             ),
             x_label="",
@@ -293,7 +335,7 @@ def _intervals(heading: str, rows: Iterable[tuple[Any, ...]]) -> Iterator[Chart]
                 Series(name=name, y=tuple(row[3 + index] for row in shown))
                 for index, name in enumerate(("low", "ratio", "high"))
             ),
-            limit=("no change", 1.0),
+            limits=(("no change", 1.0),),
             headers=("row", "where", "verdict", "low", "ratio", "high"),
             rows=tuple(
                 (name, where, verdict, *(f"{one:.4g}" for one in ends))

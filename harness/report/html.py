@@ -20,8 +20,9 @@ from harness.errors import UsageError
 from harness.report import charts, view
 from harness.report.compare import compare
 from harness.report.history import group, load
-from harness.report.rows import VERDICTS, told
+from harness.report.rows import told
 from harness.report.schema import replace
+from harness.report.tables import Tables
 from harness.report.trend import Tracer
 from harness.report.words import (
     OUTCOMES,
@@ -80,6 +81,7 @@ def render(page: Page) -> str:
     """The page as HTML."""
     page = dataclasses.replace(page, reports=tuple(map(view.filled, page.reports)))
     drawn: list[dict[str, Any]] = []
+    loud = [view.loud(report) for report in page.reports]
 
     def add(chart: Chart) -> int:
         drawn.append(chart.drawn())
@@ -100,7 +102,9 @@ def render(page: Page) -> str:
             nights=[list(charts.outcomes(one)) for one in page.trends],
             histories=[view.history(one) for one in page.trends],
             families=view.families(page.reports),
-            loud=[view.loud(report) for report in page.reports],
+            loud=loud,
+            records=list(map(view.records, loud)),
+            tables=Tables(),
             costs=[view.costs(report) for report in page.reports],
             circumstances=view.circumstances(page.reports),
             drawn=drawn,
@@ -129,7 +133,7 @@ def _json(value: object) -> str:
     """JSON that may stand in a script element: no `<` in it, so no tag ends or begins there."""
     from markupsafe import Markup
 
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)  # noqa: S704  # it is escaped, for the place where it stands
@@ -149,10 +153,10 @@ def _template() -> Any:
     environment.globals |= {
         "OUTCOMES": OUTCOMES,
         "SIGNS": SIGNS,
-        "VERDICTS": VERDICTS,
         "compact": compact,
         "exactly": exactly,
         "has_record": view.has_record,
+        "identity": id,
         "joined": view.joined,
         "json": _json,
         "named": named,

@@ -22,7 +22,7 @@ from harness.report.words import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from harness.report.trend import Trend
 
@@ -67,6 +67,11 @@ def families(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if rows:
             found.append({"index": index, "name": named(report), "rows": list(rows.items())})
     return found
+
+
+def records(found: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """The place of each result among the loud ones, by its `id()`: two may be equal."""
+    return {id(one): place_ for place_, one in enumerate(found)}
 
 
 def loud(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -163,7 +168,9 @@ def history(trend: Trend) -> dict[str, Any]:
                 "name": f"{one.section}: {one.name}",
                 "where": one.where,
                 "unit": plain(one.unit or "", limit=24),
-                "values": _folded(one.readings),
+                "values": _folded(
+                    one.readings if one.section == "spec" else map(_drawn, one.readings)
+                ),
                 "changes": [[change.run, change.verdict, change.why] for change in one.changes],
             }
             for one in trend.series
@@ -171,7 +178,13 @@ def history(trend: Trend) -> dict[str, Any]:
     }
 
 
-def _folded(values: Sequence[Any]) -> list[Any]:
+def _drawn(value: Any) -> Any:
+    """A cost that can be drawn; what is no number leaves a gap."""
+    real = None if isinstance(value, str) else number_of(value)
+    return value if real is not None and math.isfinite(real) else None
+
+
+def _folded(values: Iterable[Any]) -> list[Any]:
     """Runs of equal values as `[value, count]`, single ones bare: few rows ever change."""
     found: list[Any] = []
     for value, same in groupby(map(_short, values)):

@@ -10,12 +10,13 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from harness.report.schema import number
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 OUTCOMES = {
     "failed": "✗",
@@ -114,6 +115,16 @@ def named(report: Mapping[str, Any]) -> str:
     adapter = report.get("adapter") or {}
     parts = [adapter.get("name") or report["kind"], adapter.get("version"), report.get("model")]
     return f"{' '.join(plain(part, limit=40) for part in parts if part)}, {moment(report)}"
+
+
+def told_apart(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each of several runs is called: its name, with its id where two share one."""
+    names = [named(report) for report in reports]
+    shared = Counter(names)
+    return [
+        name if shared[name] == 1 else f"{name} ({plain(report['id'], limit=80)})"
+        for name, report in zip(names, reports, strict=True)
+    ]
 
 
 def moment(report: Mapping[str, Any]) -> str:

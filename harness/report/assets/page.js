@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const { charts, histories } = JSON.parse(document.getElementById("data").textContent);
+  const { charts, histories, signs, words: texts, tables } = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const POINTS = ["circle", "rect", "triangle", "rectRot", "star", "crossRot", "rectRounded"];
   const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3], [12, 4], [4, 2, 1, 2], [1, 2]];
@@ -21,13 +21,12 @@
   };
 
   // A line across the chart, at the budget or at no change, with its name.
-  const limitLine = {
-    id: "limitLine",
-    afterDatasetsDraw(chart, _args, options) {
-      if (options.at === undefined) return;
+  const limitLine = ([name, value]) => ({
+    id: `limitLine ${name}`,
+    afterDatasetsDraw(chart) {
       const { ctx, chartArea: area, scales } = chart;
       const upright = chart.options.indexAxis === "y";
-      const at = (upright ? scales.x : scales.y).getPixelForValue(options.at);
+      const at = (upright ? scales.x : scales.y).getPixelForValue(value);
       if (upright ? at < area.left || at > area.right : at < area.top || at > area.bottom) return;
       ctx.save();
       ctx.strokeStyle = ctx.fillStyle = color("--failed");
@@ -41,15 +40,15 @@
       ctx.font = `600 11px ${Chart.defaults.font.family}`;
       if (!upright) {
         // On a backing of its own, so that it can be read over bars and lines.
-        const width = ctx.measureText(options.name).width;
+        const width = ctx.measureText(name).width;
         ctx.fillStyle = color("--sheet");
         ctx.fillRect(area.left + 3, at - 17, width + 6, 15);
         ctx.fillStyle = color("--failed");
-        ctx.fillText(options.name, area.left + 6, at - 5);
+        ctx.fillText(name, area.left + 6, at - 5);
       }
       ctx.restore();
     },
-  };
+  });
 
   const number = (value) =>
     typeof value === "number" ? value.toLocaleString("en", { maximumSignificantDigits: 5 }) : value;
@@ -78,7 +77,6 @@
           labels: { color: color("--ink"), usePointStyle: true, boxWidth: 8, boxHeight: 8, padding: 12 },
         },
         tooltip: { callbacks: { label: (item) => `${item.dataset.label}: ${number(item.parsed.y)}` } },
-        limitLine: spec.limit ? { name: spec.limit[0], at: spec.limit[1] } : {},
       },
     };
     if (spec.kind === "interval") return intervals(spec, options, narrow);
@@ -89,8 +87,8 @@
       x: axis(spec.x_label, { stacked: bar, grid: { display: false }, ticks: { maxTicksLimit: narrow ? 5 : 9 } }),
       y: axis(spec.y_label, {
         stacked: bar,
-        beginAtZero: bar || Boolean(spec.limit),
-        suggestedMax: Math.max(spec.top ?? 0, spec.limit ? spec.limit[1] * 1.08 : 0) || undefined,
+        beginAtZero: bar || spec.limits.length > 0,
+        suggestedMax: Math.max(spec.top ?? 0, ...spec.limits.map(([, value]) => value * 1.08)) || undefined,
         ticks: { maxTicksLimit: 6 },
       }),
     };
@@ -108,7 +106,7 @@
       categoryPercentage: many ? 1 : 0.8,
       barPercentage: many ? 1 : 0.9,
     }));
-    return { type: bar ? "bar" : "line", data: { labels: spec.x, datasets }, options, plugins: [limitLine] };
+    return { type: bar ? "bar" : "line", data: { labels: spec.x, datasets }, options, plugins: spec.limits.map(limitLine) };
   }
 
   function intervals(spec, options, narrow) {
@@ -134,7 +132,7 @@
         ],
       },
       options,
-      plugins: [limitLine],
+      plugins: spec.limits.map(limitLine),
     };
   }
 
@@ -159,7 +157,7 @@
     const told = new Map(changes.map(([run, verdict, why]) => [run, `${verdict ?? ""}: ${why}`]));
     const canvas = document.querySelector(`[data-row="${index}"]`);
     draw(canvas, {
-      kind: "line", title: name, x: runs.map((run) => run.slice(0, 10)), x_label: "", limit: null, top: null,
+      kind: "line", title: name, x: runs.map((run) => run.slice(0, 10)), x_label: "", limits: [], top: null,
       y_label: words.length ? "" : unit, series: [{ name: where ? `${name}, ${where}` : name, y }],
     });
     const { chart } = drawn.find((one) => one.canvas === canvas);
@@ -204,6 +202,47 @@
     select.addEventListener("change", () => row(index, Number(select.value)));
   }
 
+  // ── long tables, built when they are first seen ──
+
+  function build(region) {
+    if (region.firstChild) return;
+    const { columns, cells } = tables[Number(region.dataset.long)];
+    const table = document.createElement("table");
+    const head = table.createTHead().insertRow();
+    for (const [textContent, kind] of columns) {
+      if (kind !== "under") head.append(Object.assign(document.createElement("th"), { scope: "col", textContent, className: kind === "n" ? "n" : "" }));
+    }
+    const body = table.createTBody();
+    for (let at = 0; at < cells.length; at += columns.length) {
+      const line = body.insertRow();
+      columns.forEach(([, kind], column) => {
+        const textContent = texts[cells[at + column]];
+        if (kind === "under") {
+          const under = Object.assign(document.createElement("span"), { className: "muted", textContent });
+          if (textContent) line.lastChild.append(document.createElement("br"), under);
+          return;
+        }
+        const cell = line.insertCell();
+        cell.className = kind === "badge" ? "" : kind;
+        if (kind === "badge") {
+          const sign = Object.assign(document.createElement("span"), { textContent: signs[textContent] });
+          sign.setAttribute("aria-hidden", "true");
+          const badge = Object.assign(document.createElement("span"), { className: `badge ${textContent}` });
+          badge.append(sign, ` ${textContent}`);
+          cell.append(badge);
+        } else if (kind === "row") cell.append(Object.assign(document.createElement("code"), { textContent }));
+        else cell.textContent = textContent;
+      });
+    }
+    region.replaceChildren(table);
+  }
+
+  for (const region of document.querySelectorAll("[data-long]")) {
+    const folded = region.closest("details:not([open])");
+    if (folded) folded.addEventListener("toggle", () => build(region), { once: true });
+    else build(region);
+  }
+
   // ── failure records ──
 
   function open(hash) {
@@ -232,8 +271,9 @@
   let closed = [];
   addEventListener("beforeprint", () => {
     root.classList.add("paper");
-    closed = [...document.querySelectorAll("details.spec:not([open]), details:has(> details.spec):not([open])")];
+    closed = [...document.querySelectorAll("details:not([open])")];
     for (const one of closed) one.open = true;
+    document.querySelectorAll("[data-long]").forEach(build);
     drawAll();
   });
   addEventListener("afterprint", () => {
