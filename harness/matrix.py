@@ -55,6 +55,14 @@ class Leg:
         """The leg as a column's head."""
         return " ".join(self.requirements) or "here"
 
+    def as_dict(self) -> dict[str, Any]:
+        """The leg as a report holds it."""
+        return {
+            "requirements": self.requirements,
+            "exit_code": self.exit_code,
+            "report": self.report,
+        }
+
 
 def command(args: argparse.Namespace) -> int:
     """`lora-harness matrix`: run in each leg, show what differs, return the worst exit code."""
@@ -69,35 +77,38 @@ def command(args: argparse.Namespace) -> int:
     if len(wanted) < 2:
         raise UsageError("matrix: give at least two legs, such as --leg here --leg peft==0.8.2")
     folder = args.environments or kept()
-    legs = []
-    for requirements in wanted:
-        leg = run_leg(() if requirements == ("here",) else requirements, run, folder)
-        print(
-            f"{leg.name}: {leg.report.get('verdict') or leg.said or f'exit {leg.exit_code}'}",
-            flush=True,
-        )
-        legs.append(leg)
+    _require_folder(folder)
+    from harness.report.schema import Recorder
+
+    legs: list[Leg] = []
+    with Recorder(args.json, kind="matrix", run=run, legs=[]) as report:
+        for requirements in wanted:
+            leg = run_leg(() if requirements == ("here",) else requirements, run, folder)
+            print(
+                f"{leg.name}: {leg.report.get('verdict') or leg.said or f'exit {leg.exit_code}'}",
+                flush=True,
+            )
+            legs.append(leg)
+            report.set("legs", [leg.as_dict() for leg in legs])
     rows = differences(legs)
     if rows:
         print(f"\n{table(rows, ['differs', *(leg.name for leg in legs)])}")
     elif all(leg.report for leg in legs):
         print("\nno spec differs between the legs")
-    if args.json:
-        from harness.report.schema import Recorder
-
-        with Recorder(args.json, kind="matrix", run=run) as report:
-            report.set(
-                "legs",
-                [
-                    {
-                        "requirements": leg.requirements,
-                        "exit_code": leg.exit_code,
-                        "report": leg.report,
-                    }
-                    for leg in legs
-                ],
-            )
     return max((leg.exit_code for leg in legs), key=[0, 3, 1, 2].index)
+
+
+def _require_folder(folder: Path) -> None:
+    """Raise UsageError where no environment can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--environments {folder}: cannot hold environments ({error.strerror}); give a folder "
+            "that can be written"
+        ) from None
 
 
 def kept() -> Path:

@@ -5,19 +5,21 @@
       ▼
     live bytes by kind over time ──▶ peak ──▶ fits, or misses by how much and what to change
 
-Nothing is scaled up from fewer layers. Two things are by formula: the storage of an NF4 base, after
-bitsandbytes, with its dense copy of a weight during each product; and, where `--target` asks for
-several batches a step, the gradients that live on from batch to batch.
+Nothing is scaled up from fewer layers. One thing is by formula: the storage of an NF4 base, after
+bitsandbytes, with its dense copy of a weight during each product. Where `--target` asks for several
+batches a step, the one counted is the last, which the gradients of those before it live through.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.errors import UsageError
+from harness.errors import UsageError, first_line
 from harness.measure.memory import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -30,9 +32,6 @@ if TYPE_CHECKING:
     from harness.measure.counters import Counters
 
 Quantization = Literal["none", "nf4"]
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-"""Bytes of a number."""
-
 NOTE = (
     "Tensors' own bytes, counted on fake CPU tensors with fused attention; on a card the CUDA context "
     "(about half a GiB) and the allocator's rounding and fragmentation come on top."
@@ -62,7 +61,8 @@ class Planned:
 
     Attributes:
         point: the conditions.
-        step: counters of one training step; its peak is that of the point's quantization.
+        step: counters of a step's last batch and its update; its peak is that of the point's
+            quantization.
         base_parameters: numbers in the base.
         lora_parameters: numbers that train.
         weight_bytes: the base's bytes, as stored.
@@ -77,21 +77,14 @@ class Planned:
     batches: int = 1
 
     @property
-    def carried_bytes(self) -> int:
-        """Gradients that live through the next batch's forward, one for each trained number."""
-        return self.step.peak["adapters"] if self.batches > 1 else 0
-
-    @property
     def peak_bytes(self) -> int:
         """Live bytes at the highest moment."""
-        return self.step.peak_bytes + self.carried_bytes
+        return self.step.peak_bytes
 
     @property
     def kinds(self) -> dict[str, int]:
         """The peak by kind, largest first."""
-        kinds = dict(self.step.peak)
-        kinds["gradients"] += self.carried_bytes
-        return dict(sorted(kinds.items(), key=lambda item: -item[1]))
+        return dict(sorted(self.step.peak.items(), key=lambda item: -item[1]))
 
 
 def nf4_bytes(numbers: int) -> int:
@@ -127,11 +120,15 @@ def points(
     return grid
 
 
-def measure(adapter: Adapter, model: str, grid: Iterable[Point]) -> Iterator[Planned]:
-    """The cost of each point, as soon as it is known.
+def measure(
+    adapter: Adapter, model: str, grid: Iterable[Point], *, target: int | None = None
+) -> Iterator[Planned]:
+    """The cost of each point, as soon as it is known, with as many batches a step as reach `target`.
 
     Points that differ only in quantization are one run, and those that differ in batch and sequence
     share a model. Takes seconds a run and no memory to speak of.
+
+    Raises UsageError where the adapter cannot do with shapes alone.
     """
     from harness.measure.fake import fake_tensors
 
@@ -141,13 +138,60 @@ def measure(adapter: Adapter, model: str, grid: Iterable[Point]) -> Iterator[Pla
     for (r, dtype, checkpointing), same in itertools.groupby(
         sorted(grid, key=setting), key=setting
     ):
-        with fake_tensors():
+        with fake_tensors(), _on_shapes(adapter):
             base, adapted = _adapted(adapter, model, r=r, dtype=dtype, checkpointing=checkpointing)
             runs: dict[tuple[int, int], list[Point]] = {}
             for point in same:
                 runs.setdefault((point.batch, point.sequence), []).append(point)
             for alike in runs.values():
-                yield from _run(adapter, base, adapted, alike)
+                one = alike[0]
+                batches = max(1, math.ceil(target / one.tokens)) if target else 1
+                yield from _run(adapter, base, adapted, alike, batches)
+
+
+@contextmanager
+def _on_shapes(adapter: Adapter) -> Iterator[None]:
+    """What the adapter raises there, as one line: it looks at values, or it is wrong."""
+    try:
+        yield
+    except (UsageError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        looks = kind in {"DataDependentOutputException", "DynamicOutputShapeException"}
+        raise UsageError(
+            f"--adapter {adapter.name}: cannot be planned on shapes alone: "
+            + (
+                f"it looks at the values of tensors ({first_line(error)}); lora-harness bench measures it"
+                if looks
+                else f"{kind}: {first_line(error)}; see lora-harness check"
+            )
+        ) from error
+
+
+def claimed(adapter: Adapter, grid: Sequence[Point]) -> tuple[list[Point], list[str]]:
+    """The points that the adapter claims, and why the others are left out.
+
+    Raises UsageError where it claims none.
+    """
+    from harness.measure.cell import not_claimed
+
+    ours, lacking = [], []
+    for point in grid:
+        dtype = point.dtype if point.quantization == "none" else point.quantization
+        why = not_claimed(adapter, dtype=dtype, checkpointing=point.checkpointing)
+        if why:
+            lacking.append(why)
+        else:
+            ours.append(point)
+    told = [
+        f"{count} of {len(grid)} points left out: {why}" for why, count in Counter(lacking).items()
+    ]
+    if not ours:
+        raise UsageError(
+            f"--adapter {adapter.name}: no point of the grid is claimed: {'; '.join(told)}"
+        )
+    return ours, told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,9 +229,9 @@ def _adapted(
 
 
 def _run(
-    adapter: Adapter, base: _Base, model: nn.Module, alike: Sequence[Point]
+    adapter: Adapter, base: _Base, model: nn.Module, alike: Sequence[Point], batches: int
 ) -> Iterator[Planned]:
-    """One step; a record for each quantization of it."""
+    """The last batch of a step; a record for each quantization of it."""
     from harness.measure.counters import counting
     from harness.measure.phases import batch_of, optimizer_of, training_step, vocabulary_of
 
@@ -195,6 +239,8 @@ def _run(
     model.train()
     batch = batch_of(model, batch=first.batch, sequence=first.sequence)
     optimizer = optimizer_of(model)
+    if batches > 1:  # a batch before, whose gradients live on
+        model(**batch).loss.backward()
     with counting(model, adapter=adapter, logits_width=vocabulary_of(model)) as count:
         count.ledger.pack(base.quantizable, nf4_bytes)
         training_step(model, batch, optimizer, count.ledger)
@@ -207,6 +253,7 @@ def _run(
             base_parameters=base.parameters,
             lora_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             weight_bytes=base.weight_bytes - (saved if packed else 0),
+            batches=batches,
         )
 
 
@@ -277,13 +324,6 @@ def _spoken(field: str, value: object) -> str:
     return f"a base in {value}" if field == "quantization" else f"{field} {value}"
 
 
-def with_target(found: Planned, target: int | None) -> Planned:
-    """The same with as many batches a step as reach `target` tokens."""
-    if target is None:
-        return found
-    return replace(found, batches=max(1, math.ceil(target / found.point.tokens)))
-
-
 # ---- the command ---------------------------------------------------------------------------------
 
 
@@ -307,6 +347,7 @@ def command(args: argparse.Namespace) -> int:
         quantization=args.quantization,
     )
     adapter = registry.resolve(args.adapter)
+    grid, left_out = claimed(adapter, grid)
     require_weights_fit(args.model, grid, budget)
     head = {
         "adapter": {"name": adapter.name, "version": adapter.version},
@@ -315,11 +356,14 @@ def command(args: argparse.Namespace) -> int:
     }
     found: list[Planned] = []
     with Recorder(args.json, kind="plan", **head) as report:
-        report.add("notes", NOTE)
-        for planned in _with_progress(measure(adapter, args.model, grid), len(grid)):
-            found.append(with_target(planned, args.target))
-            _record(report, found[-1], adapter, args.model)
+        report.add("notes", [NOTE, *left_out])
+        planned = measure(adapter, args.model, grid, target=args.target)
+        for one in _with_progress(planned, len(grid)):
+            found.append(one)
+            _record(report, one, adapter, args.model)
         _show(found, args.model, adapter, budget, args.target)
+        for line in left_out:
+            print(line)
     return 0 if any(p.peak_bytes <= budget for p in found) else 1
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from harness import plan, registry
+from harness import LoraConfig, phi3, plan, registry
+from harness.adapters.reference import Reference
 from harness.cli import main
 from harness.errors import UsageError
+from harness.measure.counters import counting
 from harness.measure.memory import format_bytes
+from harness.measure.phases import batch_of, optimizer_of, training_step, vocabulary_of
 from harness.report.schema import read
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -151,14 +155,109 @@ def test_a_miss_that_no_one_change_mends_names_its_largest_kind(tiny_grid):
     assert plan.advice(miss, tiny_grid, 1).startswith(f"mostly {next(iter(miss.kinds))}: ")
 
 
-def test_several_batches_a_step_carry_their_gradients(tiny_grid):
-    """128 tokens a step from 64 a batch: two batches, whose gradients live on."""
-    one = next(p for p in tiny_grid if p.point.tokens == 64)
-    two = plan.with_target(one, 128)
+@pytest.mark.parametrize(("r", "sequence"), [(8, 64), (256, 4)])
+def test_several_batches_a_step_peak_where_a_real_run_does(r, sequence):
+    """Two batches a step: where the backward peaks, and where the update does."""
+    implementation = registry.resolve("reference")
+    point = plan.Point(r=r, dtype="float32", sequence=sequence)
+    (planned,) = plan.measure(implementation, "tiny", [point], target=2 * sequence)
+    config = LoraConfig(r=r, lora_alpha=2.0 * r, target_modules="all-linear")
+    model = implementation.inject(phi3.load("tiny"), config)
+    model.train()
+    batch = batch_of(model, batch=1, sequence=sequence)
+    optimizer = optimizer_of(model)
+    model(**batch).loss.backward()
+    with counting(model, adapter=implementation, logits_width=vocabulary_of(model)) as count:
+        training_step(model, batch, optimizer, count.ledger)
+    real = count.result()
 
-    assert two.batches == 2
-    assert two.peak_bytes == one.peak_bytes + one.step.peak["adapters"]
-    assert plan.with_target(one, 64) == one
+    assert planned.batches == 2
+    assert ("optimizer step" in real.peak_at) is (r == 256)
+    assert planned.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
+    assert planned.step.peak["gradients"] >= planned.step.peak["adapters"]
+
+
+def test_one_batch_a_step_carries_nothing(tiny_grid):
+    """A target within one batch is the step without a target."""
+    one = next(p for p in tiny_grid if p.point.tokens == 64)
+    (same,) = plan.measure(registry.resolve("peft"), "tiny", [one.point], target=64)
+
+    assert same == one
+
+
+def test_what_is_not_claimed_is_left_out_and_said(capsys):
+    """Loralib claims neither 4 bits nor checkpointing: such points do not fit, whatever they weigh."""
+    code, out, _ = run(
+        capsys,
+        *("--adapter", "loralib", "--model", "tiny", "--budget", "1GiB", "--dtype", "float32"),
+        *("--batch", "1", "--sequence", "16"),
+    )
+
+    assert code == 0
+    assert "1 of 1 fit" in out
+    assert "1 of 4 points left out: loralib does not claim quantized_base\n" in out
+    assert "1 of 4 points left out: loralib does not claim gradient_checkpointing\n" in out
+
+
+def test_a_grid_of_which_nothing_is_claimed_is_wrong_usage(capsys):
+    """Nothing is left to plan."""
+    code, _, err = run(
+        capsys,
+        "--adapter",
+        "loralib",
+        "--budget",
+        "1GiB",
+        "--model",
+        "tiny",
+        "--quantization",
+        "nf4",
+    )
+
+    assert code == 2
+    assert err.startswith("lora-harness plan: --adapter loralib: no point of the grid is claimed")
+
+
+class Looks(Reference):
+    def inject(self, model, config):
+        adapted = super().inject(model, config)
+        assert all(p.isfinite().all() for p in adapted.parameters())
+        return adapted
+
+
+class Raises(Reference):
+    def inject(self, model, config):
+        raise KeyError("not today")
+
+
+class Copies(Reference):
+    def inject(self, model, config):
+        for module in config.targets(model).values():
+            module.weight = torch.nn.Parameter(module.weight.detach().clone())
+        return super().inject(model, config)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "line"),
+    [(Looks(), "it looks at the values of tensors"), (Raises(), "KeyError: 'not today'")],
+)
+def test_an_adapter_that_cannot_do_with_shapes_is_told_so(adapter, line):
+    """One line; no traceback of torch's fake tensors."""
+    with pytest.raises(
+        UsageError, match=r"^--adapter reference: cannot be planned on sh"
+    ) as caught:
+        list(plan.measure(adapter, "tiny", [plan.Point(dtype="float32", sequence=8)]))
+
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_that_copies_the_weights_is_planned_with_its_copies():
+    """What it holds is counted, and what it let go is not."""
+    point = plan.Point(dtype="float32", sequence=8)
+    (ours,) = plan.measure(Copies(), "tiny", [point])
+    (honest,) = plan.measure(Reference(), "tiny", [point])
+
+    assert ours.peak_bytes == honest.peak_bytes
 
 
 def test_the_command_lists_what_fits_and_writes_it(capsys, tmp_path):

@@ -1,0 +1,44 @@
+"""The matrix: its report grows leg by leg, and its folder is looked at first."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness import matrix
+from harness.cli import main
+from harness.report.schema import read
+
+RUN = ("--leg", "here", "--leg", "peft==0.8.2", "--", "check", "peft")
+
+
+def test_a_matrix_cut_short_keeps_the_legs_that_ran(tmp_path, monkeypatch, capsys):
+    """The file is there before the first leg, and holds each leg as soon as it is over."""
+    path = tmp_path / "matrix.json"
+    held = []
+
+    def leg(requirements, run, folder):
+        held.append([leg["exit_code"] for leg in read(path)["legs"]])
+        if requirements:
+            raise KeyboardInterrupt
+        return matrix.Leg(requirements=requirements, exit_code=1)
+
+    monkeypatch.setattr(matrix, "run_leg", leg)
+    code = main(["matrix", "--environments", str(tmp_path), "--json", str(path), *RUN])
+    report = read(path)
+
+    assert code == 130
+    assert held == [[], [1]]
+    assert not report["finished"]
+    assert [leg["exit_code"] for leg in report["legs"]] == [1]
+
+
+@pytest.mark.parametrize("folder", ["{tmp}/file", "{tmp}/file/below", "/proc/nothing", "/proc"])
+def test_a_folder_that_cannot_hold_environments_is_wrong_usage(tmp_path, capsys, folder):
+    """A file, or where nothing can be made: one line before any leg runs."""
+    (tmp_path / "file").touch()
+    folder = folder.format(tmp=tmp_path)
+
+    assert main(["matrix", "--environments", folder, *RUN]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"lora-harness matrix: --environments {folder}: cannot hold environments")
+    assert err.count("\n") == 1
