@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import LoraConfig, phi3, registry
+from harness import LoraConfig, phi3, registry, worker
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
+from harness.failure import Broken, NotRun
+from harness.faults.cost import forward_makes_delta_whole, training_keeps_every_input
 from harness.measure.counters import counting, counting_calls
 from harness.measure.fake import fake_model, fake_tensors
 from harness.measure.phases import (
@@ -26,6 +28,7 @@ from harness.measure.phases import (
     optimizer_of,
     training_step,
 )
+from harness.spec import catalogue
 
 # PEFT and the reference ask transformers 5.23 for an attribute under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -260,3 +263,31 @@ def test_a_checkpoint_weighs_its_numbers():
     state = {"a": torch.ones(5, 5), "b": torch.ones(2, dtype=torch.bfloat16), "alpha": 3.0}
 
     assert checkpoint_bytes(state) == 104
+
+
+class CachesTheLast(Adapted):
+    def forward(self, x):
+        self.last = x.detach().clone()
+        self.gave = super().forward(x)
+        return self.gave
+
+
+def judged(adapter, spec_id):
+    """What a spec finds at its first case."""
+    item = catalogue()[spec_id]
+    return worker.judge(adapter, item, item.cases[0])[0]
+
+
+def test_a_cache_of_the_last_batch_is_no_leak():
+    """It is as large after a thousand steps as after one; what every step adds to is found."""
+    assert judged(with_layer(CachesTheLast), "cost/step-memory") is None
+    assert isinstance(judged(training_keeps_every_input(), "cost/step-memory"), Broken)
+
+
+def test_a_weight_made_whole_by_design_is_not_said_to_pass(monkeypatch):
+    """What a parametrization makes is told as not judged, and the fault is found."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "implementations"))
+    parametrised = registry.resolve("parametrised:adapter")
+
+    assert isinstance(judged(parametrised, "cost/no-full-delta-in-forward"), NotRun)
+    assert isinstance(judged(forward_makes_delta_whole(), "cost/no-full-delta-in-forward"), Broken)
