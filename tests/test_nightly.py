@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import yaml
 from harness.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW = "Test what is slow"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
@@ -157,23 +159,59 @@ def test_a_night_is_red_where_one_comparison_is(tmp_path, changes, code):
     assert summary.read_text().count("## ") == 2
 
 
+def test_every_slow_test_but_this_files_own_runs_at_night():
+    """The CPU leg selects every test that is marked slow and needs no GPU, less the leg's own."""
+    (command,) = (step["run"] for step in steps("leg.yml") if step["name"] == SLOW)
+    words = shlex.split(command.replace("\\\n", " "))
+    expression = words[words.index("-m") + 1]
+    left_out = words[words.index("--deselect") + 1]
+    collect = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    listed = lambda *more: {  # noqa: E731
+        line
+        for line in subprocess.run(
+            [*collect, *more], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        if "::" in line
+    }
+
+    assert left_out == "tests/test_nightly.py::test_the_cpu_legs_commands_run_on_a_clean_checkout"
+    paths = ["tests/test_nightly.py", "tests/test_report_history.py"]
+    chosen = listed("-m", expression, *paths)
+    assert left_out in chosen
+    assert listed("-m", expression, "--deselect", left_out, *paths) == chosen - {left_out}
+    assert chosen - {left_out} == {
+        "tests/test_nightly.py::test_actionlint_finds_nothing",
+        "tests/test_report_history.py::test_a_year_of_nights_fits_in_a_gibibyte_and_a_page",
+    }
+
+
+def test_every_variable_of_a_leg_is_used():
+    """What the leg puts into the environment is read by a command, or by `gh`, which takes its token."""
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/leg.yml").read_text())["jobs"].values()
+    commands = "\n".join(step["run"] for step in steps("leg.yml"))
+
+    assert {name for name in job["env"] if f"${name}" not in commands} == {"GH_TOKEN"}
+
+
 @pytest.mark.slow
 def test_the_cpu_legs_commands_run_on_a_clean_checkout(tmp_path):
     """Every command of the leg, in order, in a clone with nothing but a machine and an index."""
     checkout = tmp_path / "checkout"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(checkout)], check=True)
-    given = {"TIER": "cpu", "LEG": "pinned", "ACCEPT": "false"}
+    given = {"TIER": "cpu", "LEG": "pinned"}
     plain = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("GITHUB_", "GH_", "PYTEST_", "VIRTUAL_ENV"))
     }
     for step in steps("leg.yml"):
+        # Whoever runs this test runs the other slow ones already: here they are only found.
+        found = {"PYTEST_ADDOPTS": "--collect-only"} if step["name"] == SLOW else {}
         done = subprocess.run(
             ["bash", "-eo", "pipefail", "-c", step["run"]],
             check=False,
             cwd=checkout,
-            env=plain | given,
+            env=plain | given | found,
             capture_output=True,
             text=True,
         )
