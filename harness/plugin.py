@@ -92,7 +92,8 @@ def pytest_configure(config: pytest.Config) -> None:
             from harness.measure.memory import parse_bytes
 
             budget = parse_bytes(config.getoption("--gpu-budget"))
-            if _gpu_tier(config) and _has_gpu():
+            on_gpu = (config.getoption("--device") or "").startswith("cuda") or _gpu_tier(config)
+            if on_gpu and _has_gpu():
                 _cap(budget)
     except UsageError as error:
         raise pytest.UsageError(str(error)) from None
@@ -340,11 +341,14 @@ def _has_gpu() -> bool:
 
 
 def _cap(budget: int) -> None:
-    import torch
+    """Hold this process to the budget, and each one that an implementation is judged in."""
+    import os
 
-    total = torch.cuda.get_device_properties(0).total_memory
-    if budget < total:
-        torch.cuda.set_per_process_memory_fraction(budget / total)
+    from harness.measure.clock import limit_gpu
+    from harness.measure.memory import GPU_BUDGET
+
+    os.environ[GPU_BUDGET] = str(budget)
+    limit_gpu(budget)
 
 
 __all__ = ["SpecCase", "parametrize_with_specs"]

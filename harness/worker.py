@@ -25,6 +25,7 @@ from harness import fresh
 from harness.case import LAYER_SPECIMENS, Case
 from harness.errors import UsageError
 from harness.failure import Broken, NotRun, raised
+from harness.measure.memory import heed_gpu_budget
 from harness.spec import Spec, catalogue
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def serve(adapter: Adapter, requests: IO[str], answers: IO[str]) -> None:
     # Judging makes and drops modules by the thousand: collecting every 700 is a tenth of its time.
     gc.set_threshold(50_000)
     warnings.simplefilter("ignore")
+    heed_gpu_budget()
     specs = catalogue()
     for line in requests:
         request = json.loads(line)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
+from harness import plugin
 from harness.errors import UsageError
-from harness.measure.memory import format_bytes, parse_bytes, require_memory
+from harness.measure.memory import GPU_BUDGET, format_bytes, parse_bytes, require_memory
 
 
 @pytest.mark.parametrize(
@@ -58,3 +63,35 @@ def test_what_a_machine_cannot_hold_is_refused():
     """Real tensors of a pebibyte: one line with both sizes and the way out."""
     with pytest.raises(UsageError, match=r"^--model huge: needs 1024\.00 TiB .* lora-harness plan"):
         require_memory(2**50, subject="--model huge")
+
+
+def test_a_gpu_budget_binds_pytest_and_hands_itself_on(monkeypatch):
+    """`--gpu-budget` caps this process, and is in the environment of those it starts."""
+    capped = []
+    monkeypatch.setenv(GPU_BUDGET, "1")  # so that it is put back
+    monkeypatch.setattr("harness.measure.clock.limit_gpu", capped.append)
+    plugin._cap(2**30)
+
+    assert capped == [2**30]
+    assert os.environ[GPU_BUDGET] == str(2**30)
+
+
+WORKER = """
+import torch
+from harness import worker
+from harness.measure import clock
+torch.cuda.is_available = lambda: True
+clock.limit_gpu = print
+worker.serve(None, [], None)
+"""
+
+
+@pytest.mark.parametrize(("budget", "said"), [({GPU_BUDGET: "4096"}, "4096\n"), ({}, "")])
+def test_the_process_of_an_implementation_heeds_the_budget(budget, said):
+    """It is where the tensors are; without a budget it takes what it needs."""
+    env = {k: v for k, v in os.environ.items() if k != GPU_BUDGET} | budget
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER], capture_output=True, text=True, env=env, check=True
+    )
+
+    assert done.stdout == said

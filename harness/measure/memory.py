@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 
 from harness.errors import UsageError
+
+GPU_BUDGET = "LORA_HARNESS_GPU_BUDGET"
+"""The environment variable that hands a budget on to the processes that implementations run in."""
 
 _UNITS = {
     "": 1,
@@ -53,3 +58,18 @@ def require_memory(needed: int, *, subject: str) -> None:
             f"{subject}: needs {format_bytes(needed)} of real tensors and this machine has "
             f"{format_bytes(free)} free; lora-harness plan measures it without any"
         )
+
+
+def heed_gpu_budget() -> None:
+    """Hold this process to the GPU memory that whoever started it was given, if there is a GPU."""
+    budget = os.environ.get(GPU_BUDGET)
+    if budget is None:
+        return
+    import torch
+
+    from harness.measure import clock
+
+    if torch.cuda.is_available():
+        # A copy of a process that has used CUDA cannot use it, and needs no budget.
+        with contextlib.suppress(RuntimeError):
+            clock.limit_gpu(parse_bytes(budget))
