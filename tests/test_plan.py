@@ -9,6 +9,7 @@ from harness import LoraConfig, phi3, plan, registry
 from harness.adapters.reference import Reference
 from harness.cli import main
 from harness.errors import UsageError
+from harness.measure import shapes
 from harness.measure.counters import counting
 from harness.measure.memory import format_bytes
 from harness.measure.phases import batch_of, optimizer_of, training_step, vocabulary_of
@@ -23,8 +24,8 @@ MEDIUM = 13_960_238_080
 @pytest.fixture(scope="module")
 def mini():
     """mini-4k at 1,024 tokens, dense and NF4: one run on shapes alone."""
-    grid = plan.points(sequence=(1024,), batch=(1,), checkpointing=(False,))
-    found = plan.measure(registry.resolve("peft"), "mini-4k", grid)
+    grid = shapes.points(sequence=(1024,), batch=(1,), checkpointing=(False,))
+    found = shapes.measure(registry.resolve("peft"), "mini-4k", grid)
     return {planned.point.quantization: planned for planned in found}
 
 
@@ -65,8 +66,8 @@ def test_nf4_changes_the_base_and_a_layer_on_the_way(mini):
 @pytest.mark.slow
 def test_parameters_of_medium_are_facts():
     """13,960,238,080 and, at r 16, 55,705,600; grouped-query."""
-    grid = plan.points(sequence=(512,), batch=(1,), checkpointing=(True,), quantization=("none",))
-    (found,) = plan.measure(registry.resolve("peft"), "medium-4k", grid)
+    grid = shapes.points(sequence=(512,), batch=(1,), checkpointing=(True,), quantization=("none",))
+    (found,) = shapes.measure(registry.resolve("peft"), "medium-4k", grid)
 
     assert found.base_parameters == MEDIUM
     assert found.lora_parameters == 55_705_600
@@ -74,7 +75,7 @@ def test_parameters_of_medium_are_facts():
 
 def test_nf4_storage_by_hand():
     """128 numbers: 64 bytes, 2 scales, one float32 for them, and 273 float32 of tables."""
-    assert plan.nf4_bytes(128) == 64 + 2 + 4 * (1 + 273)
+    assert shapes.nf4_bytes(128) == 64 + 2 + 4 * (1 + 273)
 
 
 def test_nf4_storage_is_what_bitsandbytes_stores():
@@ -88,13 +89,13 @@ def test_nf4_storage_is_what_bitsandbytes_stores():
     inner = state.state2
     held = [packed, state.absmax, state.code, state.offset, inner.absmax, inner.code]
 
-    assert plan.nf4_bytes(weight.numel()) == sum(t.numel() * t.element_size() for t in held)
+    assert shapes.nf4_bytes(weight.numel()) == sum(t.numel() * t.element_size() for t in held)
 
 
 def test_a_grid_with_no_cell_is_wrong_usage():
     """An axis without a value leaves nothing to plan."""
     with pytest.raises(UsageError, match=r"^the grid has no cell; give each of its axes"):
-        plan.points(batch=())
+        shapes.points(batch=())
 
 
 def run(capsys, *arguments):
@@ -135,8 +136,8 @@ def test_a_target_of_nothing_is_wrong_usage(capsys):
 @pytest.fixture(scope="module")
 def tiny_grid():
     """Tiny over checkpointing and quantization at one size."""
-    grid = plan.points(dtype=("float32",), batch=(1, 2), sequence=(64,))
-    return list(plan.measure(registry.resolve("peft"), "tiny", grid))
+    grid = shapes.points(dtype=("float32",), batch=(1, 2), sequence=(64,))
+    return list(shapes.measure(registry.resolve("peft"), "tiny", grid))
 
 
 def test_a_miss_is_told_what_seen_point_fits(tiny_grid):
@@ -159,8 +160,8 @@ def test_a_miss_that_no_one_change_mends_names_its_largest_kind(tiny_grid):
 def test_several_batches_a_step_peak_where_a_real_run_does(r, sequence):
     """Two batches a step: where the backward peaks, and where the update does."""
     implementation = registry.resolve("reference")
-    point = plan.Point(r=r, dtype="float32", sequence=sequence)
-    (planned,) = plan.measure(implementation, "tiny", [point], target=2 * sequence)
+    point = shapes.Point(r=r, dtype="float32", sequence=sequence)
+    (planned,) = shapes.measure(implementation, "tiny", [point], target=2 * sequence)
     config = LoraConfig(r=r, lora_alpha=2.0 * r, target_modules="all-linear")
     model = implementation.inject(phi3.load("tiny"), config)
     model.train()
@@ -180,7 +181,7 @@ def test_several_batches_a_step_peak_where_a_real_run_does(r, sequence):
 def test_one_batch_a_step_carries_nothing(tiny_grid):
     """A target within one batch is the step without a target."""
     one = next(p for p in tiny_grid if p.point.tokens == 64)
-    (same,) = plan.measure(registry.resolve("peft"), "tiny", [one.point], target=64)
+    (same,) = shapes.measure(registry.resolve("peft"), "tiny", [one.point], target=64)
 
     assert same == one
 
@@ -245,7 +246,7 @@ def test_an_adapter_that_cannot_do_with_shapes_is_told_so(adapter, line):
     with pytest.raises(
         UsageError, match=r"^--adapter reference: cannot be planned on sh"
     ) as caught:
-        list(plan.measure(adapter, "tiny", [plan.Point(dtype="float32", sequence=8)]))
+        list(shapes.measure(adapter, "tiny", [shapes.Point(dtype="float32", sequence=8)]))
 
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -253,9 +254,9 @@ def test_an_adapter_that_cannot_do_with_shapes_is_told_so(adapter, line):
 
 def test_an_adapter_that_copies_the_weights_is_planned_with_its_copies():
     """What it holds is counted, and what it let go is not."""
-    point = plan.Point(dtype="float32", sequence=8)
-    (ours,) = plan.measure(Copies(), "tiny", [point])
-    (honest,) = plan.measure(Reference(), "tiny", [point])
+    point = shapes.Point(dtype="float32", sequence=8)
+    (ours,) = shapes.measure(Copies(), "tiny", [point])
+    (honest,) = shapes.measure(Reference(), "tiny", [point])
 
     assert ours.peak_bytes == honest.peak_bytes
 

@@ -78,7 +78,7 @@ def _require_models(names: Sequence[str]) -> None:
 def _require_room(wanted: Sequence[Cell]) -> None:
     """Raise UsageError where a model's weights alone are more than this machine has free."""
     from harness import phi3
-    from harness.plan import weights
+    from harness.measure.shapes import weights
 
     for name in dict.fromkeys(cell.model for cell in wanted):
         if name in phi3.NAMES and not name.startswith("tiny"):
