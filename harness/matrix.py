@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.console import table
-from harness.errors import UsageError
+from harness.errors import UsageError, first_line
 from harness.telling import MARKS
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def run_leg(requirements: Sequence[str], run: Sequence[str], folder: Path) -> Le
 def environment(requirements: Sequence[str], folder: Path) -> Path:
     """The interpreter of the environment of these requirements, made if it is not there yet.
 
-    Raises UsageError where pip cannot install them, with pip's last words.
+    Raises UsageError where it cannot be made, and where pip cannot install them, with pip's last words.
     """
     if not requirements:
         return Path(sys.executable)
@@ -154,14 +154,20 @@ def environment(requirements: Sequence[str], folder: Path) -> Path:
     python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
     if (home / "complete").is_file():
         return python
-    venv.create(home, with_pip=True, clear=True)
-    asked = [str(python), "-c", "import site; print(site.getsitepackages()[0])"]
-    packages = Path(
-        subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    )
-    # `addsitedir` appends: what the leg installs comes before what is installed here.
-    below = "; ".join(f"site.addsitedir({path!r})" for path in site.getsitepackages())
-    (packages / "underneath.pth").write_text(f"import site; {below}\n", encoding="utf-8")
+    try:
+        venv.create(home, with_pip=True, clear=True)
+        asked = [str(python), "-c", "import site; print(site.getsitepackages()[0])"]
+        packages = Path(
+            subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        )
+        # `addsitedir` appends: what the leg installs comes before what is installed here.
+        below = "; ".join(f"site.addsitedir({path!r})" for path in site.getsitepackages())
+        (packages / "underneath.pth").write_text(f"import site; {below}\n", encoding="utf-8")
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UsageError(
+            f"{' '.join(requirements)}: no environment can be made in {folder} ({first_line(error)}); "
+            "give another --environments"
+        ) from None
     done = subprocess.run(
         [
             str(python),

@@ -42,3 +42,17 @@ def test_a_folder_that_cannot_hold_environments_is_wrong_usage(tmp_path, capsys,
     err = capsys.readouterr().err
     assert err.startswith(f"lora-harness matrix: --environments {folder}: cannot hold environments")
     assert err.count("\n") == 1
+
+
+def test_an_environment_that_cannot_be_made_is_a_leg_of_exit_2(tmp_path, monkeypatch):
+    """A full disk, say: the leg says so, and the others go on."""
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(matrix.venv, "create", full)
+    leg = matrix.run_leg(("peft==0.8.2",), ("check", "peft"), tmp_path)
+
+    assert leg.exit_code == 2
+    assert "no environment can be made" in leg.said
+    assert "No space left on device" in leg.said
