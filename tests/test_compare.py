@@ -13,7 +13,8 @@ import report_samples as samples
 from harness.cli import main
 from harness.errors import UsageError
 from harness.report.compare import compare, parse_words
-from harness.report.rows import VERDICTS, cost_row, judge_spec
+from harness.report.results import judge_spec
+from harness.report.rows import VERDICTS, cost_row
 from harness.report.schema import parse, read
 from harness.report.terminal import tell
 

@@ -3,18 +3,17 @@
 training curves          a line a run, over steps
 throughput, memory       a line an implementation, over rank; a chart a dtype; the budget dashed
 memory by kind           stacked bars over rank; a chart an implementation
-paired times             an interval a row, against 1
 outcomes of specs        stacked bars over the runs of a history
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.report.rows import place, title
+from harness.report.rows import place
 from harness.report.words import (
     OUTCOMES,
     compact,
@@ -27,9 +26,8 @@ from harness.report.words import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from harness.report.compare import Comparison
     from harness.report.trend import Trend
 
     Cell = str
@@ -106,7 +104,7 @@ def training(reports: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
                 step
                 for points in lines.values()
                 for point in points
-                if (step := _finite(point[0])) is not None
+                if (step := finite(point[0])) is not None
             }
         )
         table = {
@@ -121,7 +119,7 @@ def training(reports: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
             x_label="step",
             y_label=group,
             series=tuple(
-                Series(name=name, y=tuple(_finite(found.get(step)) for step in steps))
+                Series(name=name, y=tuple(finite(found.get(step)) for step in steps))
                 for name, found in table.items()
             ),
             headers=("step", *table),
@@ -140,11 +138,11 @@ def against_rank(reports: Sequence[Mapping[str, Any]]) -> list[Chart]:
     groups: dict[tuple[str, ...], dict[str, list[RankRow]]] = defaultdict(lambda: defaultdict(list))
     budgets: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
     for report, run in zip(reports, told_apart(reports), strict=True):
-        budget = _finite(report.get("budget"))
+        budget = finite(report.get("budget"))
         for section in ("timings", "memory"):
             for row in report[section]:
-                rank = _finite((row.get("conditions") or {}).get("r"))
-                value = seconds(row) if section == "timings" else _finite(row["value"])
+                rank = finite((row.get("conditions") or {}).get("r"))
+                value = seconds(row) if section == "timings" else finite(row["value"])
                 if row.get("kind") or rank is None or value is None or not math.isfinite(value):
                     continue
                 unit = plain(row.get("unit") or "", limit=24)
@@ -218,13 +216,13 @@ def memory_by_kind(reports: Sequence[Mapping[str, Any]]) -> list[Chart]:
     )
     budgets: dict[str, float] = {}
     for report, run in zip(reports, told_apart(reports), strict=True):
-        if budget := _finite(report.get("budget")):
+        if budget := finite(report.get("budget")):
             budgets[run] = budget
         for row in report["memory"]:
-            value = _finite(row["value"])
+            value = finite(row["value"])
             if not row.get("kind") or value is None:
                 continue
-            rank = _finite((row.get("conditions") or {}).get("r"))
+            rank = finite((row.get("conditions") or {}).get("r"))
             key = (
                 plain(row.get("phase") or "", limit=60),
                 _rest(row),
@@ -278,70 +276,6 @@ def memory_by_kind(reports: Sequence[Mapping[str, Any]]) -> list[Chart]:
             )
         )
     return charts[:MOST]
-
-
-def intervals(found: Comparison) -> Iterator[Chart]:
-    """The paired times of a comparison as intervals of the ratio, the loudest first."""
-    yield from _intervals(
-        "Paired times, new over old",
-        (
-            (str(row.verdict), row.name, row.where, row.low, row.ratio, row.high)
-            for row in found.rows
-        ),
-    )
-
-
-def paired(reports: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
-    """The paired times of the reports themselves, each against the other side of its pair."""
-    yield from _intervals(
-        "Paired times",
-        (
-            (
-                pair["verdict"],
-                f"{title(row)} against {plain(pair.get('against') or '–', limit=60)}"
-                + (f", {run}" if len(reports) > 1 else ""),
-                place(row),
-                *(_finite(pair.get(name)) for name in ("low", "ratio", "high")),
-            )
-            for report, run in zip(reports, told_apart(reports), strict=True)
-            for row in report["timings"]
-            if (pair := row.get("paired"))
-        ),
-    )
-
-
-def _intervals(heading: str, rows: Iterable[tuple[Any, ...]]) -> Iterator[Chart]:
-    known = [row for row in rows if all(one is not None for one in row[3:])]
-    shown = [row for row in known if all(map(math.isfinite, row[3:]))][:MOST]
-    if shown:
-        seen: Counter[str] = Counter()
-
-        def once(label: str) -> str:
-            # The script places a row by its label.
-            seen[label] += 1
-            return label if seen[label] == 1 else f"{label} ({seen[label]})"
-
-        yield Chart(
-            kind="interval",
-            title=heading,
-            note="The diamond is the ratio, the bar its interval.",
-            x=tuple(
-                once(f"{verdict}: {name}{f', {where}' if where else ''}")
-                for verdict, name, where, *_ in shown
-            ),
-            x_label="",
-            y_label="ratio; under 1 is faster",
-            series=tuple(
-                Series(name=name, y=tuple(row[3 + index] for row in shown))
-                for index, name in enumerate(("low", "ratio", "high"))
-            ),
-            limits=(("no change", 1.0),),
-            headers=("row", "where", "verdict", "low", "ratio", "high"),
-            rows=tuple(
-                (name, where, verdict, *(f"{one:.4g}" for one in ends))
-                for verdict, name, where, *ends in shown
-            ),
-        )
 
 
 def outcomes(trend: Trend) -> Iterator[Chart]:
@@ -404,7 +338,8 @@ def _rest(row: Mapping[str, Any]) -> str:
     return place({"model": row.get("model"), "conditions": others})
 
 
-def _finite(value: object) -> float | None:
+def finite(value: object) -> float | None:
+    """A report's number where it is one, and finite."""
     if isinstance(value, bool):
         return None
     real = number_of(value) if isinstance(value, (int, float, str)) else None

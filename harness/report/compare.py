@@ -22,15 +22,14 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import UsageError
 from harness.report.comparable import Key, keys, ruled_out
 from harness.report.history import group, load
+from harness.report.results import judge_spec, results_by_id
 from harness.report.rows import (
     SECTIONS,
     VERDICTS,
     Row,
     bar,
     cost_row,
-    judge_spec,
     repeats,
-    results_by_id,
     rows_by_identity,
 )
 from harness.report.schema import replace

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness._version import __version__
 from harness.errors import UsageError
-from harness.report import charts, view
+from harness.report import charts, intervals, view
 from harness.report.compare import compare
 from harness.report.history import group, load
 from harness.report.rows import told
@@ -96,9 +96,9 @@ def render(page: Page) -> str:
             add=add,
             training=list(charts.training(page.reports)),
             against_rank=charts.against_rank(page.reports),
-            paired=list(charts.paired(page.reports)),
+            paired=list(intervals.paired(page.reports)),
             memory_by_kind=charts.memory_by_kind(page.reports),
-            intervals=[list(charts.intervals(one)) for one in page.comparisons],
+            intervals=[list(intervals.compared(one)) for one in page.comparisons],
             nights=[list(charts.outcomes(one)) for one in page.trends],
             histories=[view.history(one) for one in page.trends],
             families=view.families(page.reports),

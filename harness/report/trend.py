@@ -11,15 +11,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from harness.report.comparable import keys, ruled_out
+from harness.report.results import judge_spec, results_by_id
 from harness.report.rows import (
     SECTIONS,
     Row,
     bar,
     cost_row,
-    judge_spec,
     place,
     repeats,
-    results_by_id,
     rows_by_identity,
     stored_value,
     title,
