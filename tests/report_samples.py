@@ -165,7 +165,12 @@ def finetune(name="tuned", seed=0, **changes):
             "training": {"loss": loss, "eval_loss": held_out, "learning_rate": rate},
             "recipe": {
                 "name": "quick",
-                "training_config": {"learning_rate": 2e-4, "max_steps": 120, "bf16": False},
+                "training_config": {
+                    "learning_rate": 2e-4,
+                    "max_steps": 120,
+                    "bf16": False,
+                    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+                },
                 "peft_config": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
             },
             "artefacts": {"adapter": "adapter_model.safetensors", "checkpoints": 3},
