@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def terminal_width() -> int:
+    """How wide text for people is wrapped: the terminal's width, and never more than 100."""
+    return max(40, min(100, shutil.get_terminal_size((100, 24)).columns))
 
 
 def _is_number(cell: str) -> bool:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from harness import options, spec_case, tally
+from harness.failure import Failure
+from harness.judge import Result
+from harness.report.schema import read
+from harness.spec import catalogue
 
 
 @pytest.fixture
@@ -78,23 +86,241 @@ def test_a_run_that_judged_nothing_is_not_green(pytest_in):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_the_gpu_tier_without_a_gpu_is_incomplete(pytest_in):
+def test_the_gpu_tier_without_a_gpu_is_incomplete(faked):
     """`pytest -m gpu` never exits 0 where there is no GPU, unless that is allowed."""
-    (pytest_in.folder / "test_gpu.py").write_text(
-        "import pytest\n\n@pytest.mark.gpu\ndef test_on_the_card(): assert False\n"
+    faked.write(
+        "import pytest\n\n@pytest.mark.gpu\ndef test_on_the_card(): assert False\n", only=()
+    )
+
+    done = faked("-m", "(gpu)", "--tier", "core")
+
+    assert done.returncode == 3, done.stdout
+    assert "INCOMPLETE: no CUDA device" in done.stdout
+    assert faked("-m", "gpu", "--allow-no-gpu").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ("gpu", True),
+        ("(gpu)", True),
+        ("gpu and slow", True),
+        ("slow or gpu", True),
+        ("not gpu", False),
+        ("not (gpu)", False),
+        ("not gpu and not slow", False),
+        ("not slow", False),
+        ("gpus", False),
+        ("", False),
+        ("gpu and", False),
+    ],
+)
+def test_the_gpu_tier_is_read_off_the_expression_as_pytest_reads_it(words, asked):
+    """Asked for is what is selected for being marked `gpu`."""
+    config = SimpleNamespace(option=SimpleNamespace(markexpr=words))
+
+    assert options.gpu_tier(config) is asked
+
+
+FAKE = """
+import json
+import harness.spec_case
+from harness import tally
+from harness.failure import Failure
+from harness.judge import Result
+
+OUTCOMES = {outcomes!r}
+
+class Fake(tally.Tally):
+    def judge(self, adapter, tier):
+        self.named[tally.spelled(adapter)] = {{"name": "fake", "version": "1"}}
+
+    def result(self, adapter, tier, item):
+        self.judge(adapter, tier)
+        outcome = OUTCOMES.get(item.id, "passed")
+        told = [Failure(kind="value", case="", expected="one", actual="two")]
+        found = Result(
+            spec=item.id, level=item.level, outcome=outcome, failures=told * (outcome == "failed")
+        )
+        return found, json.dumps([adapter, self.named[adapter], found.as_dict()])
+
+harness.spec_case.Tally = Fake
+"""
+MUST, OTHER = "forward/scaling", "forward/output-dtype"
+SHOULD = next(item.id for item in catalogue().values() if item.level == "SHOULD")
+
+
+@pytest.fixture
+def faked(pytest_in):
+    """Run pytest where nothing is judged: every spec has the outcome it is given."""
+
+    def become(**outcomes):
+        ids = {"must": MUST, "other": OTHER, "should": SHOULD}
+        given = {ids[name]: outcome for name, outcome in outcomes.items()}
+        (pytest_in.folder / "conftest.py").write_text(FAKE.format(outcomes=given))
+
+    def write(text="", only=(MUST, OTHER, SHOULD)):
+        if only:
+            text += (
+                "\nfrom harness import parametrize_with_specs\n\n"
+                f"@parametrize_with_specs('acme:lora', only={list(only)!r})\n"
+                "def test_conforms(spec_case): spec_case.run()\n"
+            )
+        (pytest_in.folder / "test_mine.py").write_text(text)
+
+    become()
+    pytest_in.become, pytest_in.write = become, write
+    return pytest_in
+
+
+DOOR = ["--adapter", "acme:lora", *(f"--spec={id_}" for id_ in (MUST, OTHER, SHOULD))]
+
+
+@pytest.mark.parametrize("door", [DOOR, []], ids=["--adapter", "own suite"])
+@pytest.mark.parametrize(
+    ("outcomes", "code", "told"),
+    [
+        ({"should": "failed"}, 0, "SHOULD not met"),
+        ({"other": "blocked"}, 3, "INCOMPLETE: 1 of 2 required specs ran"),
+        ({"must": "failed", "other": "not_run"}, 1, "DOES NOT CONFORM"),
+        (dict.fromkeys(("must", "other", "should"), "not_claimed"), 3, "INCOMPLETE: 0 of 0"),
+    ],
+)
+def test_the_exit_code_is_the_verdicts(faked, door, outcomes, code, told):
+    """Through either door pytest ends as `check` does."""
+    faked.become(**outcomes)
+    faked.write()
+
+    done = faked(*door)
+
+    assert done.returncode == code, done.stdout
+    assert told in done.stdout
+
+
+def test_a_test_of_ones_own_that_fails_is_exit_1(faked):
+    """What is incomplete does not hide it."""
+    faked.become(must="blocked")
+    faked.write("def test_mine(): assert False\n")
+
+    assert faked().returncode == 1
+
+
+def test_the_adapter_option_leaves_ones_own_tests_alone(faked):
+    """With no path named they are not even imported; -k chooses among the specs."""
+    faked.write("import not_a_module\n", only=())
+
+    done = faked(*DOOR, "-k", "scaling")
+    listed = faked(*DOOR, "--collect-only")
+
+    assert done.returncode == 0, done.stdout
+    assert "1 passed, 2 deselected" in done.stdout
+    assert listed.returncode == 0, listed.stdout
+    assert "3 tests collected" in listed.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--spec", "mrege"], "--spec mrege: no spec and no family is called that; did you mean"),
+        (["--tier", "fulll"], "--tier fulll: no such tier; give smoke, core, full"),
+        (["--report", "."], "cannot be written (Is a directory)"),
+    ],
+)
+def test_wrong_usage_is_exit_2(faked, args, line):
+    """One line says what is wrong, as on the command line."""
+    done = faked("--adapter", "acme:lora", *args)
+
+    assert done.returncode == 2
+    assert line in " ".join((done.stdout + done.stderr).split())
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_name_that_matches_nothing_in_the_own_suite_is_told_without_our_frames(faked):
+    """The line stands where pytest tells what it could not collect."""
+    faked.write(only=["mrege"])
+
+    done = faked()
+
+    assert done.returncode == 2
+    assert "parametrize_with_specs: only=mrege: no spec and no family" in done.stdout
+    assert "harness/" not in done.stdout
+
+
+def test_the_header_says_what_is_on_trial_where_something_is(faked):
+    """Name and version, at a width a terminal has; nothing in somebody else's project."""
+    faked.write()
+    own = faked()
+    faked.write("def test_mine(): pass\n", only=())
+    foreign = faked()
+
+    assert "on trial: acme:lora (fake 1); model tiny" in own.stdout
+    assert "on trial" not in foreign.stdout
+
+
+def test_a_suite_of_somebody_elses_is_left_alone(pytest_in):
+    """Its options are its own, its GPU tests run, and `-m gpu` is its business."""
+    (pytest_in.folder / "conftest.py").write_text(
+        "def pytest_addoption(parser): parser.addoption('--device', default='theirs')\n"
+    )
+    (pytest_in.folder / "test_theirs.py").write_text(
+        "import pytest\n\n@pytest.mark.gpu\n"
+        "def test_it(pytestconfig): assert pytestconfig.getoption('--device') == 'theirs'\n"
     )
 
     done = pytest_in("-m", "gpu")
 
-    assert done.returncode == 3
-    assert "INCOMPLETE" in done.stdout
-    assert pytest_in("-m", "gpu", "--allow-no-gpu").returncode == 0
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
+def test_several_test_processes_tell_one_verdict(faked):
+    """With xdist the results are collected where the session is told."""
+    pytest.importorskip("xdist")
+
+    done = faked(*DOOR, "-n", "2", "--report", "run.json")
+
+    assert done.returncode == 0, done.stdout
+    assert "CONFORMS: 2 of 2 required specs ran" in done.stdout
+    assert len(read(faked.folder / "run.json")["results"]) == 3
+
+
+def test_a_result_outlives_the_journey_between_processes():
+    """A row of a test's report gives the verdict that the result itself would have given."""
+    failure = Failure(kind="value", case="r=3", expected="one", actual="two")
+    result = Result(spec=MUST, level="MUST", outcome="failed", cases=2, failures=[failure])
+    named = {"name": "fake", "version": "1"}
+    kept = tally.Tally()
+
+    row = kept.take(json.dumps(["acme:lora", named, result.as_dict()]))
+
+    assert kept.worst.verdict == "DOES NOT CONFORM"
+    assert kept.verdicts()["acme:lora"].failed[0].failures == [failure]
+    assert row == {**json.loads(json.dumps(result.as_dict())), "adapter": "acme:lora"}
+    assert not spec_case.State(SimpleNamespace(workerinput={}, option=SimpleNamespace())).tells, (
+        "a worker of xdist leaves the telling to the session"
+    )
+
+
+def test_the_tier_of_the_decorator_is_judged(monkeypatch):
+    """`tier="full"` means the further cases too."""
+    asked = []
+
+    class Points:
+        def __init__(self, *args):
+            asked.append(args[-1])
+
+    made = SimpleNamespace(name="fake", version="1")
+    monkeypatch.setattr(tally, "Points", Points)
+    monkeypatch.setattr(tally, "Judge", lambda *_: made)
+    (cases,) = spec_case.parametrize_with_specs("acme:lora", only=[MUST], tier="full").args[1:]
+
+    tally.Tally().judge(cases[0].adapter, cases[0].tier)
+
+    assert asked == ["full"]
 
 
 def test_a_report_is_written_when_asked(pytest_in):
     """`--report` writes the run as one file that the harness reads."""
-    from harness.report.schema import read
-
     done = pytest_in(
         "--adapter", "strangers:correct", "--spec", "forward/scaling", "--report", "run.json"
     )
@@ -102,4 +328,5 @@ def test_a_report_is_written_when_asked(pytest_in):
 
     assert done.returncode == 0
     assert report["finished"]
+    assert report["adapter"] == {"name": "reference", "version": report["adapter"]["version"]}
     assert [row["outcome"] for row in report["results"]] == ["passed"]
