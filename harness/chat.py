@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerFast
 
 Message = dict[str, str]
 Split = Literal["train", "eval"]
@@ -87,9 +88,13 @@ def dataset(name_or_path: str | Path = "shipped", split: Split = "train") -> Dat
     name = str(name_or_path)
     shipped = phi3.directory().parent / "chat"
     path = shipped if name == "shipped" else Path(name).expanduser()
-    if path.is_dir():
-        path = _file_of(path, split)
-    if path.is_file():
+    try:
+        if path.is_dir():
+            path = _file_of(path, split)
+        there = path.is_file()
+    except OSError as error:  # a name that no disk takes
+        raise UsageError(f"data {name[:60]}…: {error.strerror}; check the path") from error
+    if there:
         name, rows = str(path), _rows(path)
     elif path.suffix in _READERS or name.startswith((".", "/", "~")) or not hub.is_id(name):
         raise UsageError(
@@ -102,6 +107,33 @@ def dataset(name_or_path: str | Path = "shipped", split: Split = "train") -> Dat
     if not found:
         raise UsageError(f"data {name}: empty; give at least one conversation")
     return Dataset.from_list([{"messages": messages} for messages in found])
+
+
+def splits(name_or_path: str | Path) -> tuple[Dataset, Dataset, list[str]]:
+    """The conversations to train on and those to evaluate on, with notes on how they were parted.
+
+    A file is one split: every tenth conversation of it is held out. One conversation alone is both.
+    """
+    train = dataset(name_or_path, "train")
+    if not Path(name_or_path).expanduser().is_file():
+        return train, dataset(name_or_path, "eval"), []
+    n = len(train)
+    if n == 1:
+        return train, train, [f"data {name_or_path}: one conversation, trained and evaluated on"]
+    held = list(range(9, n, 10)) or [n - 1]
+    kept = sorted(set(range(n)) - set(held))
+    note = f"data {name_or_path}: one file: {len(held)} of its {n} conversations are held out to evaluate on"
+    return train.select(kept), train.select(held), [note]
+
+
+def check_vocabulary(own: PreTrainedTokenizerFast, size: int) -> None:
+    """Raise UsageError where the tokenizer has ids that the model has no embedding for."""
+    largest = max(own.get_vocab().values())
+    if largest >= size:
+        raise UsageError(
+            f"tokenizer: has the id {largest}, and the model a vocabulary of {size}; give the "
+            "model directory its own tokenizer"
+        )
 
 
 def check_window(data: Dataset, own: PreTrainedTokenizerFast, max_length: int) -> int:
@@ -131,7 +163,7 @@ def prompts(data: Dataset) -> tuple[list[list[Message]], list[str]]:
 
 
 def replies(
-    model: PreTrainedModel,
+    model: nn.Module,
     own: PreTrainedTokenizerFast,
     conversations: Sequence[Sequence[Message]],
     max_new_tokens: int = 32,
@@ -150,6 +182,7 @@ def replies(
     order = sorted(range(len(asked)), key=lambda k: sum(len(m["content"]) for m in asked[k]))
     told: dict[int, str] = {}
     training, side = model.training, own.padding_side
+    generate: Any = getattr(model, "generate", None)
     model.eval()
     own.padding_side = "left"
     try:
@@ -162,22 +195,56 @@ def replies(
                 return_dict=True,
                 return_tensors="pt",
             )
+            batch = batch.to(next(model.parameters()).device)
             with torch.no_grad():
-                out = model.generate(
-                    **batch.to(model.device),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    use_cache=True,
-                    eos_token_id=ends,
-                    pad_token_id=own.pad_token_id,
-                )
-            new = out[:, batch["input_ids"].shape[1] :]  # (b, t)
+                if generate is not None:
+                    out = generate(
+                        **batch,
+                        max_new_tokens=max_new_tokens,
+                        do_sample=False,
+                        use_cache=True,
+                        eos_token_id=ends,
+                        pad_token_id=own.pad_token_id,
+                    )
+                    new = out[:, batch["input_ids"].shape[1] :]  # (b, t)
+                else:
+                    new = _greedy(model, batch, max_new_tokens, ends, own.pad_token_id)
             texts = own.batch_decode(new, skip_special_tokens=True)
             told.update(zip(chosen, (text.strip() for text in texts), strict=True))
     finally:
         own.padding_side = side
         model.train(training)
     return [told[k] for k in range(len(asked))]
+
+
+def _greedy(model: nn.Module, batch: Any, count: int, ends: Sequence[int], pad: int) -> Tensor:
+    """The likeliest tokens, one by one, of a model that can only be called. -> `(b, t)`.
+
+    Rows are shifted to the left, so that positions count from 0, as `generate` has them count.
+    """
+    import torch
+
+    asked, mask = batch["input_ids"], batch["attention_mask"].bool()
+    lengths = mask.sum(1)
+    rows = torch.arange(len(asked), device=asked.device)
+    ids = asked.new_full((len(asked), asked.shape[1] + count), pad)
+    for k, row in enumerate(asked):
+        ids[k, : lengths[k]] = row[mask[k]]
+    new: Tensor = asked.new_full((len(asked), count), pad)
+    stops = torch.tensor(list(ends), device=asked.device)
+    done = torch.zeros(len(asked), dtype=torch.bool, device=asked.device)
+    for k in range(count):
+        width = int(lengths.max())
+        seen = torch.arange(width, device=asked.device) < lengths[:, None]
+        logits = model(input_ids=ids[:, :width], attention_mask=seen.long()).logits
+        said = logits[rows, lengths - 1].argmax(-1)
+        new[:, k] = torch.where(done, new[:, k], said)
+        done |= torch.isin(said, stops)
+        if bool(done.all()):
+            break
+        ids[rows, lengths] = said
+        lengths = lengths + 1
+    return new
 
 
 def exact_match(said: Sequence[str], expected: Sequence[str]) -> float:
@@ -308,6 +375,11 @@ def _messages(name: str, where: str, row: Any) -> list[Message]:
     if all(message["role"] != "assistant" for message in messages):
         raise UsageError(
             f"data {name}: no turn of the assistant's in {where}; there is nothing to learn from it"
+        )
+    last = max(k for k, message in enumerate(messages) if message["role"] == "assistant")
+    if all(message["role"] != "user" for message in messages[:last]):
+        raise UsageError(
+            f"data {name}: {where} starts with the assistant's turn; put the user's before it"
         )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 

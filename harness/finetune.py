@@ -6,18 +6,16 @@ the folders, starts the processes, and ends with one table for each.
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness import process, run_folder
 from harness import recipe as recipes
-from harness import run_folder
 from harness.console import table
 from harness.errors import UsageError
 from harness.measure.memory import parse_bytes
@@ -26,12 +24,14 @@ from harness.report.schema import read
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from harness.recipe import Recipe
     from harness.run_folder import RunFolder
 
 DEFAULT_ADAPTERS = ("peft", "loralib")
-WIDTH = 100
+WIDTH, NARROWEST = 100, 12
+"""Columns: of what is printed at the most, and of a table's column at the least."""
 
 MARKS = {"passed": "yes", "failed": "NO", "not_claimed": "not claimed", "not_run": "not judged"}
 
@@ -44,8 +44,11 @@ def command(args: argparse.Namespace) -> int:
     """
     overrides = list(args.set)
     for option, key in (("model", "model.name"), ("device", "model.device"), ("data", "data.name")):
-        if value := getattr(args, option, None):
-            overrides.append(f"{key}={json.dumps(value)}")
+        value = getattr(args, option, None)
+        if value is not None and not value.strip():
+            raise UsageError(f"--{option}: is empty; name one, or leave it out")
+        if value is not None:
+            overrides.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
     recipe = recipes.load(args.recipe, overrides)
     budget = parse_bytes(args.budget) if args.budget else None
     if args.resume and args.overwrite:
@@ -63,8 +66,14 @@ def command(args: argparse.Namespace) -> int:
         )
         for adapter in adapters
     ]
+    copies: list[Path | None] = [None] * len(adapters)
+    if args.json:
+        single = len(adapters) == 1
+        copies = [args.json if single else _beside(args.json, adapter) for adapter in adapters]
+        for path in copies:
+            _probe(path)  # type: ignore[arg-type]  # a path each
     codes = []
-    for k, (adapter, folder) in enumerate(zip(adapters, folders, strict=True)):
+    for k, (adapter, folder, copy) in enumerate(zip(adapters, folders, copies, strict=True)):
         if k:
             print()
         code = run(
@@ -75,6 +84,7 @@ def command(args: argparse.Namespace) -> int:
             budget=budget,
             partial=args.allow_partial_targets,
             start=start,
+            copy=copy,
         )
         if code == 2:
             return 2
@@ -84,9 +94,8 @@ def command(args: argparse.Namespace) -> int:
         report = read(folder.report)
         if report["finished"]:
             print(told(report, folder))
-        if args.json:
-            path = args.json if len(adapters) == 1 else _beside(args.json, adapter)
-            _copy(folder.report, path)
+            if copy:
+                print(f"json      {copy}")
     return next((code for code in (1, 3) if code in codes), 0)
 
 
@@ -99,6 +108,7 @@ def run(
     budget: int | None = None,
     partial: bool = False,
     start: Path | None = None,
+    copy: Path | None = None,
 ) -> int:
     """Fine-tune one implementation in a process of its own and prove what it made.
 
@@ -110,30 +120,64 @@ def run(
         budget: the most bytes of GPU memory to use.
         partial: go on where some target names match nothing.
         start: an adapter checkpoint to start from.
+        copy: where else the report is written, from its first row on.
 
     Returns the process's exit code: 0 all hold, 1 one does not, 2 wrong usage, 3 one not judged.
     The report lies at `folder.report`.
     """
     if resume:
-        _same(folder, recipe)
+        _same(folder, recipe, adapter)
     else:
-        run_folder.clear(folder)
+        run_folder.put_aside(folder)
+    earlier = _verdict(folder)[0]
+    try:
+        code = _trained(
+            {
+                "adapter": adapter,
+                "recipe": recipe.as_dict(),
+                "notes": list(recipe.notes),
+                "folder": str(folder.path.resolve()),  # an implementation may change directory
+                "resume": resume,
+                "budget": budget,
+                "partial": partial,
+                "start": None if start is None else str(start),
+                "json": None if copy is None else str(copy.resolve()),
+            },
+            folder,
+        )
+    except BaseException:
+        run_folder.bring_back(folder)
+        raise
+    if code == 2:
+        run_folder.bring_back(folder)
+        return code
+    run_folder.forget(folder)
+    name, verdict = _verdict(folder)
+    if code in (0, 3) and (verdict is None or name == earlier):
+        print(
+            f"lora-harness finetune: {adapter}: its process ended with {process.ending(code)} before "
+            "it was judged; an implementation that ends the process does not conform",
+            file=sys.stderr,
+        )
+        return 1
+    return code
+
+
+def _verdict(folder: RunFolder) -> tuple[str | None, str | None]:
+    """The id of the folder's report and, once that is finished, its verdict."""
+    try:
+        report = read(folder.report)
+    except UsageError:
+        return None, None
+    return report["id"], report["verdict"] if report["finished"] else None
+
+
+def _trained(request: dict[str, Any], folder: RunFolder) -> int:
+    """Run the process on a request that is written into the folder; returns its exit code."""
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.request.write_text(
-            json.dumps(
-                {
-                    "adapter": adapter,
-                    "recipe": recipe.as_dict(),
-                    "notes": list(recipe.notes),
-                    "folder": str(folder.path),
-                    "resume": resume,
-                    "budget": budget,
-                    "partial": partial,
-                    "start": None if start is None else str(start),
-                },
-                indent=1,
-            ),
+            json.dumps(request, indent=1),
             encoding="utf-8",
         )
     except OSError as error:
@@ -143,30 +187,13 @@ def run(
     code = _process("harness.run", folder.request)
     if code < 0 or code not in (0, 1, 2, 3):
         raise UsageError(
-            f"adapter {adapter}: its process ended with {_ending(code)}; "
+            f"adapter {request['adapter']}: its process ended with {process.ending(code)}; "
             f"what it said is above, and in {folder.path / 'library.log'}"
         )
     return code
 
 
-def _process(module: str, request: Path) -> int:
-    """Run one of our modules on a request; Ctrl-C is the child's to answer, which has the work."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        # The child must not inherit the ignored signal: Python installs its own only over the default.
-        process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD.format(module=module), str(request)],
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        )
-        return process.wait()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-_CHILD = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from {module} import main; sys.exit(main(sys.argv[1]))"
-)
+_process = process.run
 
 
 def told(report: dict[str, Any], folder: RunFolder) -> str:
@@ -179,7 +206,7 @@ def told(report: dict[str, Any], folder: RunFolder) -> str:
         "",
         _title(report),
         "",
-        table(rows, ("property", "holds", "measured", "allowed")),
+        _table(rows, ("property", "holds", "measured", "allowed")),
     ]
     lines += [
         textwrap.fill(
@@ -210,6 +237,19 @@ def told(report: dict[str, Any], folder: RunFolder) -> str:
     return "\n".join(lines)
 
 
+def _table(rows: Sequence[tuple[str, ...]], headers: tuple[str, ...]) -> str:
+    """The table, its cells broken between words where the terminal is narrower than it."""
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    widths = [max(len(row[k]) for row in (headers, *rows)) for k in range(len(headers))]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    broken = []
+    for row in rows:
+        cells = [textwrap.wrap(cell, w) or [""] for cell, w in zip(row, widths, strict=True)]
+        broken += list(itertools.zip_longest(*cells, fillvalue=""))
+    return table(broken, headers)
+
+
 def _title(report: dict[str, Any]) -> str:
     who = f"{report['adapter']['name']} {report['adapter']['version']} on {report['model']}"
     return f"{who}: {report['verdict']}, {report['ran']} of {report['required']} judged"
@@ -236,16 +276,20 @@ def _known(adapter: str) -> None:
         resolve(adapter)
 
 
-def _same(folder: RunFolder, recipe: Recipe) -> None:
-    """Raise UsageError where the run to go on with had another model or adapter shape."""
-    then, now = folder.asked()["recipe"], recipe.as_dict()
+def _same(folder: RunFolder, recipe: Recipe, adapter: str) -> None:
+    """Raise UsageError where the run to go on with had another implementation, model or shape."""
+    asked = folder.asked()
+    then, now = asked["recipe"], recipe.as_dict()
+    differing = [("adapter", asked.get("adapter", adapter), adapter)]
     keys = [("model", key) for key in ("name", "seed", "dtype", "load_in_4bit")]
     keys += [("peft_config", key) for key in sorted(then["peft_config"] | now["peft_config"])]
-    for section, key in keys:
-        was, asked = then[section].get(key), now[section].get(key)
-        if was != asked:
+    differing += [
+        (f"{section}.{key}", then[section].get(key), now[section].get(key)) for section, key in keys
+    ]
+    for name, was, wanted in differing:
+        if was != wanted:
             raise UsageError(
-                f"--resume: {folder.path} was made with {section}.{key} = {was!r}, not {asked!r}; "
+                f"--resume: {folder.path} was made with {name} = {was!r}, not {wanted!r}; "
                 "resume with the same recipe, or start afresh"
             )
 
@@ -281,20 +325,20 @@ def _generate(
         return _process("harness.inference", request)
 
 
-def _copy(report: Path, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(report, path)
-    except OSError as error:
-        raise UsageError(f"--json {path}: cannot be written ({error.strerror})") from error
-
-
 def _beside(path: Path, adapter: str) -> Path:
     return path.with_name(f"{path.stem}-{adapter.replace(':', '-')}{path.suffix or '.json'}")
 
 
-def _ending(code: int) -> str:
+def _probe(path: Path) -> None:
+    """Raise UsageError where a report could not be written: before training, not after it."""
     try:
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    except ValueError:
-        return f"exit code {code}"
+        there = path.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"--json {path}: cannot be written ({error.strerror}); give a path that can"
+        ) from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import library_log, recipe
-from harness.errors import UsageError
+from harness.errors import UsageError, first_line
 
 
 def main(path: str) -> int:
@@ -24,6 +24,13 @@ def main(path: str) -> int:
         print(f"lora-harness finetune: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("lora-harness finetune: interrupted", file=sys.stderr)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever the implementation raises
+        print(
+            f"lora-harness finetune: {request['adapter']} failed: {type(error).__name__}: "
+            f"{first_line(error)}",
+            file=sys.stderr,
+        )
+        return 1
     return 2
 
 

@@ -41,6 +41,8 @@ def reach(history: Sequence[dict[str, Any]], parameters: int) -> float:
 def loss_went_down(losses: Sequence[tuple[int, float]], within: float = math.inf) -> Proof:
     """The last tenth's mean below the first's by two standard errors of the difference.
 
+    Fails where it did not fall at all; a fall within the noise proves neither, and is not judged.
+
     Args:
         losses: (step, loss), as logged.
         within: how far the run's steps can lower the loss, see `reach`; not judged where that is
@@ -63,18 +65,30 @@ def loss_went_down(losses: Sequence[tuple[int, float]], within: float = math.inf
             "training_config.learning_rate, or train longer"
         )
         return unjudged("loss-went-down", claim, reason, "not_run")
+    fell = fmean(first) - fmean(last)
+    if 0 < fell <= margin:
+        reason = (
+            f"it went from {fmean(first):.3f} to {fmean(last):.3f}, down by less than the {margin:.2g} it "
+            "varies by from batch to batch: train longer, or log oftener"
+        )
+        return unjudged("loss-went-down", claim, reason, "not_run")
     return judged(
         "loss-went-down",
         claim,
-        fmean(last) < fmean(first) - margin,
+        fell > 0,
         f"{fmean(first):.3f} → {fmean(last):.3f}",
         f"< {fmean(first) - margin:.3f}",
     )
 
 
-def eval_loss_went_down(before: float | None, after: float | None) -> Proof:
-    """The same on conversations that were not trained on; the same ones both times."""
+def eval_loss_went_down(before: float | None, after: float | None, unsuited: str = "") -> Proof:
+    """The same on conversations that were not trained on; the same ones both times.
+
+    `unsuited` says why the conversations at hand cannot tell.
+    """
     claim = "the evaluation loss went down"
+    if unsuited:
+        return unjudged("eval-loss-went-down", claim, unsuited, "not_run")
     if before is None or after is None:
         return unjudged("eval-loss-went-down", claim, "do_eval is false", "not_claimed")
     return judged(

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import hub
 from harness.errors import UsageError, first_line
+from harness.settings import ATTENTION, DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from transformers import Phi3Config, Phi3ForCausalLM
 
 NAMES: tuple[str, ...] = ("tiny", "tiny-gqa", "mini-4k", "mini-128k", "medium-4k")
-DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
-ATTENTION: tuple[str, ...] = ("eager", "sdpa", "flash_attention_2")
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -187,6 +186,10 @@ def source(name: str, *, weights: bool = True) -> str:
         UsageError: as `load`; a directory without weights only where `weights` are asked for.
     """
     path = Path(name).expanduser()
+    try:
+        path.exists()
+    except OSError as error:  # a name that no disk takes
+        raise UsageError(f"model {name[:60]}…: {error.strerror}; check the path") from error
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(
@@ -267,6 +270,8 @@ def _device(name: str) -> torch.device:
     try:
         where = torch.device(name)
         torch.empty(0, device=where)
+        if where.type == "meta":
+            raise UsageError(f"device {name!r}: holds no numbers; use cpu or cuda")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
             f"device {name!r}: this machine or this torch {torch.__version__} has none; use cpu"

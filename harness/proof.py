@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from harness import checkpoint, tolerance
+from harness.adapter import matches
 from harness.injection import sizes, trainable
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from harness.adapter import Adapter, Factors, LoraConfig
+    from harness.folded import Folded
 
 SOURCE = 'the guide "Fine-tune Phi-3 with LoRA"'
 
@@ -130,17 +132,25 @@ def only_lora_trains(
         name
         for name, parameter in trainable(model).items()
         if parameter.untyped_storage().data_ptr() not in storages
-        and not any(word in name.split(".") for word in also)
+        and not any(_within(name, word) for word in also)
+    ]
+    misscaled = [
+        f"{name} ({one.scaling:g}, not {config.scaling:g})"
+        for name, found in factors.items()
+        for one in found
+        if abs(float(one.scaling) - config.scaling) > tolerance.setting(config.scaling)
     ]
     total = sum(p.numel() for n, p in trainable(model).items() if n not in strangers)
     wanted = sum(expected.values())
     why = f"wrong count in {wrong[:3]}" if wrong else f"also trains {strangers[:3]}"
+    if misscaled:
+        why = f"another scaling than alpha and r give in {len(misscaled)}: {misscaled[0]}"
     # With whole modules or biases trained, the count of factors is judged module by module alone.
     exact = bool(also) or total == wanted
     return judged(
         "only-lora-trains",
         "only LoRA trains, r·(in+out) each",
-        not wrong and not strangers and exact,
+        not wrong and not strangers and not misscaled and exact,
         f"{sum(counts.values()):,} in {len(counts)} modules",
         f"{wanted:,} in {len(expected)}",
         why,
@@ -227,8 +237,13 @@ def reloaded(found: Mapping[str, Any]) -> list[Proof]:
     return [keys, logits]
 
 
+STANDS_OUT = 10
+"""How many times the budget the adapter's effect on the logits must be, for them alone to prove a merge."""
+
+
 def merged_agrees(
     *,
+    folded: Folded,
     unmerged: Tensor,
     merged: Tensor,
     truth: Tensor,
@@ -236,15 +251,16 @@ def merged_agrees(
     base: Tensor,
     dtype: torch.dtype,
 ) -> Proof:
-    """Property 4: merged and unmerged logits, each against float64, within the model's budget.
+    """Property 4: every weight is W + ΔW, and merged and unmerged logits are those of W + ΔW in float64.
 
     Args:
+        folded: what merging did to the weights.
         unmerged: logits of the trained model, `(n, vocab)` over the tokens that are not padding.
         merged: the same after merging.
         truth: of W + ΔW by the defining equation, in float64.
         noise: of that same model in `dtype`, less the truth.
-        base: the truth without ΔW: the adapter's effect must stand out of the budget, or agreement
-            would prove nothing.
+        base: the truth without ΔW: where no weight can be read, the adapter's effect must stand out
+            of the budget, or agreement would prove nothing.
         dtype: of the model.
     """
     budget = tolerance.model(noise, truth, dtype)
@@ -252,21 +268,33 @@ def merged_agrees(
     before, _ = tolerance.margin(unmerged, truth, budget)
     effect = float((truth - base).abs().max())
     claim = "merged and unmerged: the logits"
-    if effect <= float(budget):
+    measured = f"{apart.measured:.1e} and {before.measured:.1e} off"
+    allowed = f"{float(budget):.1e} of {effect:.1e}"
+    why = merge_sin(folded, unmerged, merged)
+    if why or apart.used > 1 or before.used > 1:
+        return judged("merged-same-logits", claim, False, measured, allowed, why)
+    by_weight = 0 if folded.hidden else len(folded.right)
+    if effect < STANDS_OUT * float(budget) and by_weight < folded.modules:
         return unjudged(
             "merged-same-logits",
             claim,
-            f"vacuous: the adapter's effect {effect:.1e} is within the budget {float(budget):.1e}; "
-            "judged where a run learns more, or in a finer model.dtype",
+            f"vacuous: the adapter's effect {effect:.1e} is under {STANDS_OUT} times the budget "
+            f"{float(budget):.1e}, and a weight that shows it was read in {by_weight} of "
+            f"{folded.modules} modules; judged where a run learns more, or in a finer model.dtype",
             "not_run",
         )
-    return judged(
-        "merged-same-logits",
-        claim,
-        apart.used <= 1 and before.used <= 1,
-        f"{apart.measured:.1e} and {before.measured:.1e} off",
-        f"{float(budget):.1e} of {effect:.1e}",
-    )
+    return judged("merged-same-logits", claim, True, measured, allowed)
+
+
+def merge_sin(folded: Folded, unmerged: Tensor, merged: Tensor) -> str:
+    """What the weights say against a merge; empty where nothing."""
+    if folded.wrong:
+        return f"not W + ΔW in {len(folded.wrong)} modules: {folded.wrong[:3]}"
+    if folded.idle and not folded.hidden:
+        return f"merge left out {len(folded.idle)} modules: {folded.idle[:3]}"
+    if folded.idle and torch.equal(unmerged, merged):
+        return "merge did nothing: no weight and no bit of the logits changed"
+    return ""
 
 
 def same_replies(before: Sequence[str], after: Sequence[str]) -> Proof:
@@ -296,6 +324,12 @@ def base_unchanged(before: Mapping[str, str], model: nn.Module) -> Proof:
         "0",
         f"first {changed[:3]}",
     )
+
+
+def _within(name: str, module: str) -> bool:
+    """Whether a parameter lies in the module of that name, dotted or not."""
+    words = name.split(".")
+    return any(matches(".".join(words[:k]), module) for k in range(1, len(words) + 1))
 
 
 def _numbers(one: Factors) -> int:

@@ -13,6 +13,7 @@ Nothing heavy is imported here: a recipe is read, checked and listed without tor
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -71,14 +72,25 @@ class Recipe:
         given["target_modules"] = names if names == "all-linear" else tuple(_listed(names))
         given["modules_to_save"] = tuple(given["modules_to_save"])
         if "enable_lora" in given:
-            given["enable_lora"] = {
-                name: tuple((int(rows), bool(wanted)) for rows, wanted in parts)
-                for name, parts in given["enable_lora"].items()
-            }
+            given["enable_lora"] = _parts(given["enable_lora"])
         try:
             return LoraConfig(**given)
         except (TypeError, ValueError) as error:
             raise UsageError(f"peft_config.{error}") from error
+
+
+def _parts(table: Mapping[str, Any]) -> dict[str, tuple[tuple[int, bool], ...]]:
+    """`enable_lora` as the config has it. Raises UsageError on what is not pairs."""
+    try:
+        return {
+            name: tuple((int(rows), bool(wanted)) for rows, wanted in parts)
+            for name, parts in table.items()
+        }
+    except (TypeError, ValueError):
+        raise UsageError(
+            "peft_config.enable_lora: must give each module its parts as pairs of rows and whether to "
+            "adapt them, say {qkv_proj = [[64, true], [64, false], [64, true]]}"
+        ) from None
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -129,11 +141,17 @@ def _made(name: str, tables: dict[Section, dict[str, Any]], notes: tuple[str, ..
 def _read(name_or_path: str) -> dict[str, Any]:
     """The tables of a shipped recipe or of the user's own TOML file."""
     path = Path(name_or_path)
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that no disk takes
+        raise UsageError(
+            f"recipe {name_or_path[:60]}…: {error.strerror}; shipped are {', '.join(NAMES)}"
+        ) from error
     if name_or_path in NAMES:
         text = files("harness.recipes").joinpath(f"{name_or_path}.toml").read_text("utf-8")
-    elif path.suffix == ".toml" or path.is_file():
+    elif path.suffix == ".toml" or there:
         try:
-            text = path.read_text("utf-8")
+            text = path.read_text("utf-8-sig")
         except FileNotFoundError:
             raise UsageError(
                 f"recipe {path}: no such file; shipped are {', '.join(NAMES)}"
@@ -205,6 +223,16 @@ def _check(merged: dict[Section, dict[str, Any]]) -> None:
         if key not in merged["peft_config"]:
             raise UsageError(f"peft_config.{key}: missing; a LoRA run needs it")
     _one_of("model.dtype", merged["model"]["dtype"], DTYPES)
+    _one_of(
+        "model.bnb_4bit_compute_dtype",
+        merged["model"].get("bnb_4bit_compute_dtype", "float32"),
+        DTYPES,
+    )
+    _one_of(
+        "model.bnb_4bit_quant_type",
+        merged["model"].get("bnb_4bit_quant_type", "nf4"),
+        ("nf4", "fp4"),
+    )
     _one_of("model.attn_implementation", merged["model"]["attn_implementation"], ATTENTION)
     _one_of("peft_config.task_type", merged["peft_config"]["task_type"], ("CAUSAL_LM",))
     training = merged["training_config"]
@@ -219,13 +247,33 @@ def _check(merged: dict[Section, dict[str, Any]]) -> None:
     ):
         if training.get(key, 1) < 1:
             raise UsageError(f"training_config.{key}: must be at least 1, not {training[key]}")
-    if training.get("learning_rate", 1.0) <= 0:
-        raise UsageError(
-            f"training_config.learning_rate: must be above 0, not {training['learning_rate']}"
-        )
+    _check_numbers(merged)
     for key in ("max_new_tokens", "match_examples"):
         if merged["data"][key] < 1:
             raise UsageError(f"data.{key}: must be at least 1, not {merged['data'][key]}")
+
+
+def _check_numbers(merged: dict[Section, dict[str, Any]]) -> None:
+    """Raise UsageError on a number out of range that the libraries meet late, or never."""
+    training, model = merged["training_config"], merged["model"]
+    above = ["learning_rate"] + ["num_train_epochs"] * (training.get("max_steps", -1) == -1)
+    for key in above:
+        if not 0 < training.get(key, 1.0) < math.inf:
+            raise UsageError(f"training_config.{key}: must be above 0, not {training[key]}")
+    if training.get("max_steps", -1) < 1 and training.get("max_steps", -1) != -1:
+        raise UsageError(
+            f"training_config.max_steps: must be at least 1, or -1 to go by epochs, not {training['max_steps']}"
+        )
+    for name, value in (
+        ("model.seed", model["seed"]),
+        ("training_config.seed", training["seed"]),
+        ("training_config.data_seed", training.get("data_seed", 0)),
+    ):
+        if not 0 <= value < 2**32:
+            raise UsageError(f"{name}: must be from 0 to 2**32 - 1, not {value}")
+    for key, value in training.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"training_config.{key}: must be finite, not {value}")
 
 
 def _is(kind: str, value: Any) -> bool:

@@ -9,18 +9,19 @@ are then imported once while the command line stays light. `harness.finetune` wr
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import textwrap
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import library_log
+from harness import library_log, process
 from harness.errors import UsageError, first_line
 from harness.run_folder import RunFolder, clear
 
 if TYPE_CHECKING:
+    import subprocess
+
     from harness.proof import Proof
     from harness.report.schema import Recorder
     from harness.training import Run
@@ -53,15 +54,8 @@ def main(path: str) -> int:
     except UsageError as error:
         print(f"lora-harness finetune: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        steps = run[0].steps if run else 0
-        kept = (
-            f"stopped at step {steps}; checkpoint and log are kept in {folder.path}: "
-            "go on with --resume"
-            if folder.last_checkpoint()
-            else "nothing was trained yet, nothing is kept"
-        )
-        print(f"lora-harness finetune: interrupted; {kept}", file=sys.stderr)
-    except Exception as error:  # noqa: BLE001  # whatever the implementation on trial raises
+        print(f"lora-harness finetune: interrupted; {_kept(folder, run)}", file=sys.stderr)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever the implementation on trial raises
         # It is told, and kept: an implementation that breaks down does not conform.
         with (folder.path / "library.log").open("a", encoding="utf-8") as log:
             traceback.print_exception(error, file=log)
@@ -71,15 +65,35 @@ def main(path: str) -> int:
             file=sys.stderr,
         )
         return 1
-    if folder.last_checkpoint() is None and not request["resume"]:
+    if not _worth(folder, run) and not request["resume"]:
         clear(folder)
     return 2
 
 
+def _worth(folder: RunFolder, run: list[Run]) -> bool:
+    """Whether anything was trained."""
+    adapter = folder.path / "adapter.safetensors"
+    return bool(folder.last_checkpoint() or adapter.is_file() or (run and run[0].steps))
+
+
+def _kept(folder: RunFolder, run: list[Run]) -> str:
+    """What an interrupted run leaves, and how to go on."""
+    steps = run[0].steps if run else 0
+    if (folder.path / "adapter.safetensors").is_file():
+        told = (
+            f"training was done, the proofs were not; the adapter and the log are in {folder.path}"
+        )
+        return f"{told}: go on with --resume" if folder.last_checkpoint() else told
+    if folder.last_checkpoint():
+        return (
+            f"stopped at step {steps}; checkpoint and log are kept in {folder.path}: "
+            "go on with --resume"
+        )
+    return "nothing was trained yet, nothing is kept"
+
+
 def _run(request: dict[str, Any], folder: RunFolder, held: list[Run]) -> int:
     from harness import environment
-    from harness.losses import curve
-    from harness.report.schema import Recorder
     from harness.training import Run
 
     run = Run(request)
@@ -97,7 +111,7 @@ def _run(request: dict[str, Any], folder: RunFolder, held: list[Run]) -> int:
     for note in run.notes:
         told = textwrap.fill(f"note: {note}", 100, initial_indent="  ", subsequent_indent="    ")
         print(told, flush=True)
-    with Recorder(
+    with _recorder(request)(
         folder.report,
         kind="finetune",
         adapter=adapter,
@@ -112,37 +126,60 @@ def _run(request: dict[str, Any], folder: RunFolder, held: list[Run]) -> int:
             "log": str(folder.log),
         },
     ) as record:
-        answers = {"before": run.answers()}
-        run.inject()
-        proofs = run.fit()
-        record.set(
-            "training",
-            {
-                "steps": run.steps,
-                "loss": curve(run.history, "loss"),
-                "eval_loss": curve(run.history, "eval_loss"),
-                "learning_rate": curve(run.history, "learning_rate"),
-            },
-        )
-        _add(record, proofs)
-        ids, mask, logits = run.probe()
-        # On the CPU the fresh process works beside this one; on a card it waits for the memory.
-        fresh = _reloading(run) if run.device == "cpu" else None
-        answers["after"] = run.answers()
-        record.set("answers", answers)
-        _add(record, more := run.merged(ids, mask, logits))
-        proofs += more
-        if fresh is None:
-            run.free()
-            fresh = _reloading(run)
-        _add(record, more := _reloaded(run, fresh))
-        proofs = sorted(proofs + more, key=lambda p: ORDER.index(p.spec.partition("/")[2]))
+        run.logged = lambda: record.set("training", run.curves())
+        fresh: list[subprocess.Popen[bytes]] = []
+        try:
+            proofs = _judged(run, record, fresh)
+        finally:
+            for one in fresh:
+                one.kill()
+                one.wait()
         verdict = _verdict(proofs)
         record.set("results", [proof.as_dict() for proof in proofs])
         record.set("verdict", verdict)
         record.set("required", sum(p.outcome != "not_claimed" for p in proofs))
         record.set("ran", sum(p.outcome in {"passed", "failed"} for p in proofs))
     return EXIT[verdict]
+
+
+def _judged(run: Run, record: Recorder, fresh: list[subprocess.Popen[bytes]]) -> list[Proof]:
+    """Train and prove, each proof recorded as it comes; `fresh` takes the process of property 3."""
+    answers = {"before": run.answers()}
+    run.inject()
+    proofs = run.fit()
+    record.set("training", run.curves())
+    _add(record, proofs)
+    ids, mask, logits = run.probe()
+    # On the CPU the fresh process works beside this one; on a card it waits for the memory.
+    if run.device == "cpu":
+        fresh.append(_reloading(run))
+    answers["after"] = run.answers()
+    record.set("answers", answers)
+    _add(record, more := run.merged(ids, mask, logits))
+    proofs += more
+    record.set("notes", run.notes)
+    if not fresh:
+        run.free()
+        fresh.append(_reloading(run))
+    _add(record, more := _reloaded(run, fresh[0]))
+    return sorted(proofs + more, key=lambda p: ORDER.index(p.spec.partition("/")[2]))
+
+
+def _recorder(request: dict[str, Any]) -> type[Recorder]:
+    """The report's recorder, which writes to `--json` as well wherever it is asked to."""
+    from harness.report.schema import Recorder, replace
+
+    if not request.get("json"):
+        return Recorder
+    copy = Path(request["json"])
+
+    class Twice(Recorder):
+        def _write(self, *, durable: bool = False) -> None:
+            super()._write(durable=durable)
+            if self.path is not None:
+                replace(copy, self.path.read_text("utf-8"), durable=durable)
+
+    return Twice
 
 
 def _verdict(proofs: list[Proof]) -> str:
@@ -170,13 +207,13 @@ def _reloading(run: Run) -> subprocess.Popen[bytes]:
         ),
         encoding="utf-8",
     )
-    return subprocess.Popen([sys.executable, "-m", "harness.reload", str(request)])
+    return process.beside("harness.reload", request)
 
 
-def _reloaded(run: Run, process: subprocess.Popen[bytes]) -> list[Proof]:
+def _reloaded(run: Run, fresh: subprocess.Popen[bytes]) -> list[Proof]:
     from harness import proof, reload
 
-    code = process.wait()
+    code = fresh.wait()
     path = run.folder.path / reload.FOUND
     try:
         found = json.loads(path.read_text("utf-8"))

@@ -18,16 +18,33 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError
+from harness.settings import SECTIONS
 
 DEFAULT = Path("reports/runs")
 ROOM = 64 * 2**20
 """Bytes that must be free before a run starts: less would not hold one checkpoint and its log."""
+
+WRITTEN = (
+    "run.json",
+    "log.jsonl",
+    "library.log",
+    "adapter.safetensors",
+    "adapter.pt",
+    "reload-request.json",
+    "reload.json",
+    "probe.safetensors",
+)
+"""What a run writes into its folder, beside its checkpoints."""
+
+TRAINERS = r"checkpoint-\d+|runs|README\.md"
+"""What a trainer writes beside its checkpoints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +92,34 @@ class RunFolder:
                 f"run folder {self.path}: holds no readable {self.request.name}; give the folder "
                 "of a run"
             ) from error
-        if not isinstance(asked, dict) or "recipe" not in asked:
-            raise UsageError(f"run folder {self.path}: {self.request.name} is not a run's")
-        return asked
+        recipe = asked.get("recipe") if isinstance(asked, dict) else None
+        if not isinstance(recipe, dict) or not all(
+            isinstance(recipe.get(section), dict) for section in SECTIONS
+        ):
+            raise UsageError(
+                f"run folder {self.path}: {self.request.name} is not a run's; give the folder of a run"
+            )
+        found: dict[str, Any] = asked
+        return found
+
+    def rewind(self, step: int) -> None:
+        """Take out of the log what came after a step: it comes again."""
+        kept = [one for one in self.entries() if one["step"] <= step]
+        self.log.write_text("".join(json.dumps(one) + "\n" for one in kept), encoding="utf-8")
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The log's entries. Raises UsageError where it is missing or damaged."""
+        try:
+            lines = self.log.read_text("utf-8").splitlines()
+            found = [json.loads(line) for line in lines]
+            if any(not isinstance(one["step"], int) for one in found):
+                raise ValueError  # noqa: TRY301  # told below, as its like
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UsageError(
+                f"run folder {self.path}: {self.log.name} is missing or damaged; "
+                "start afresh with --overwrite"
+            ) from error
+        return found
 
 
 def place(
@@ -91,7 +133,9 @@ def place(
     """
     stem = f"{_word(adapter)}-{_word(model)}"
     if output is None and resume:
-        runs = sorted(DEFAULT.glob(f"*-{stem}/run.json")) if DEFAULT.is_dir() else []
+        found = sorted(DEFAULT.glob(f"*-{stem}/run.json")) if DEFAULT.is_dir() else []
+        # The name alone may be another's: `*-peft-tiny` is also how `mine:peft` ends.
+        runs = [one for one in found if _is_of(adapter, RunFolder(path=one.parent))]
         if not runs:
             raise UsageError(
                 f"--resume: {DEFAULT} holds no run of {adapter} on {model}; run afresh"
@@ -101,8 +145,13 @@ def place(
         folder = RunFolder(path=DEFAULT / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{stem}")
     else:
         folder = RunFolder(path=output / stem)
-    _writable(folder.path)
-    held = folder.path.exists() or folder.report.exists()
+    try:
+        _writable(folder.path)
+        held = folder.path.exists() or folder.report.exists()
+    except OSError as error:  # a name that no disk takes
+        raise UsageError(
+            f"output folder {str(folder.path)[:60]}…: {error.strerror}; give another --output"
+        ) from error
     if resume and not folder.request.is_file():
         raise UsageError(f"--resume: {folder.path} holds no run; run without --resume")
     if held and not resume and not overwrite:
@@ -114,14 +163,79 @@ def place(
 
 
 def clear(folder: RunFolder) -> None:
-    """Remove a run that is to be replaced, and nothing that a run did not write."""
+    """Remove what a run wrote, and nothing else."""
+    _move(folder, None)
+
+
+def put_aside(folder: RunFolder) -> None:
+    """Move a run that is to be replaced out of the way, to be brought back or forgotten.
+
+    Raises UsageError on a folder that holds something, and no run.
+    """
+    forget(folder)
     if folder.path.exists() and not folder.request.is_file() and any(folder.path.iterdir()):
         raise UsageError(
             f"output folder {folder.path}: holds something that is not a run; remove it yourself, "
             "or give another --output"
         )
-    shutil.rmtree(folder.path, ignore_errors=True)
-    folder.report.unlink(missing_ok=True)
+    if folder.path.exists() or folder.report.exists():
+        aside = _aside(folder)
+        (aside / folder.checkpoints.name).mkdir(parents=True, exist_ok=True)
+        _move(folder, aside)
+
+
+def bring_back(folder: RunFolder) -> None:
+    """Put the run that was put aside back in the place of the one that came to nothing."""
+    aside = _aside(folder)
+    if not aside.is_dir():
+        return
+    clear(folder)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    for child in sorted(aside.rglob("*")):
+        place = (
+            folder.report
+            if child == aside / folder.report.name
+            else folder.path / child.relative_to(aside)
+        )
+        if child.exists() and not place.exists():
+            child.rename(place)
+    forget(folder)
+
+
+def forget(folder: RunFolder) -> None:
+    """Remove the run that was put aside: the new one has taken its first step."""
+    shutil.rmtree(_aside(folder), ignore_errors=True)
+
+
+def _aside(folder: RunFolder) -> Path:
+    return folder.path.with_name(f".{folder.path.name}.replaced")
+
+
+def _move(folder: RunFolder, aside: Path | None) -> None:
+    """Move what a run wrote to `aside`, or remove it; what it did not write stays."""
+    written = [folder.path / name for name in WRITTEN]
+    if folder.checkpoints.is_dir():
+        written += [p for p in folder.checkpoints.iterdir() if re.fullmatch(TRAINERS, p.name)]
+    for path in (*written, folder.report):
+        if not path.exists():
+            continue
+        if aside is not None:
+            place = path.name if path == folder.report else path.relative_to(folder.path)
+            path.replace(aside / place)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    for path in (folder.checkpoints, folder.path):
+        with suppress(OSError):  # it holds something of the user's
+            path.rmdir()
+
+
+def _is_of(adapter: str, folder: RunFolder) -> bool:
+    try:
+        return bool(folder.asked().get("adapter", adapter) == adapter)
+    except UsageError:
+        return False
 
 
 def _writable(path: Path) -> None:
@@ -131,7 +245,10 @@ def _writable(path: Path) -> None:
         raise UsageError(f"output folder {path}: {there} is a file; give another --output")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"output folder {path}: {there} cannot be written; give another --output")
-    free = shutil.disk_usage(there).free
+    disk = shutil.disk_usage(there)
+    if not getattr(disk, "total", 1):  # /proc and its like
+        raise UsageError(f"output folder {path}: {there} cannot be written; give another --output")
+    free = disk.free
     if free < ROOM:
         raise UsageError(
             f"output folder {path}: no space left on its disk ({free / 2**20:.0f} MiB free, a run "
@@ -141,4 +258,5 @@ def _writable(path: Path) -> None:
 
 def _word(name: str) -> str:
     """A name as part of a file's."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name.rstrip("/").rpartition("/")[2]).strip("-.") or "run"
+    word = re.sub(r"[^A-Za-z0-9.]+", "-", name.rstrip("/").rpartition("/")[2]).strip("-.")
+    return word[:80] or "run"

@@ -1,29 +1,31 @@
 """TRL's `SFTTrainer`, driving an injected model of any implementation.
 
 The training loop is the trainer's own. What differs is what a checkpoint holds (the adapter, through
-the implementation's own `state_dict`, where a `PreTrainedModel` would write its whole base), and how
-evaluation is entered where `eval()` merges. Both are in
-`harness.injection`.
+the implementation's own `state_dict`, where a `PreTrainedModel` would write its whole base: see
+`AdapterTrainer`), and how evaluation is entered where `eval()` merges (`harness.injection`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import shutil
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from harness import checkpoint, injection
 from harness.errors import UsageError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import nn
 
@@ -97,6 +99,12 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]  # trl is published with
         del model
         injection.load(self.adapter, self.injected, Path(resume_from_checkpoint))
 
+    def stand(self, folder: Path) -> None:
+        """Be where a checkpoint was written, with nothing left to train."""
+        injection.load(self.adapter, self.injected, folder)
+        self.create_optimizer()
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+
     def _load_best_model(self) -> None:
         """The best checkpoint's adapter."""
         injection.load(self.adapter, self.injected, Path(self.state.best_model_checkpoint))
@@ -121,10 +129,21 @@ def own_forwards(model: nn.Module) -> Iterator[None]:
 
 
 class Log(TrainerCallback):  # type: ignore[misc]  # transformers is skipped by mypy
-    """Every entry of the trainer's log: a line on the console and a line of JSON in the file."""
+    """Every entry of the trainer's log: a line on the console and a line of JSON in the file.
 
-    def __init__(self, path: Path, *, append: bool) -> None:
-        self.path = path
+    `started` is called after the first step, `heard` with the trainer's state when it logs.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        append: bool,
+        heard: Callable[[Any], None] = lambda _: None,
+        started: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.path, self.heard, self.started = path, heard, started
+        self.told, self.begun = -math.inf, False
         self.bar: Any = None
         if not append:
             path.write_text("", encoding="utf-8")
@@ -138,7 +157,7 @@ class Log(TrainerCallback):  # type: ignore[misc]  # transformers is skipped by 
             total=state.max_steps,
             initial=state.global_step,
             desc="  training",
-            ncols=88,
+            ncols=min(88, shutil.get_terminal_size().columns),
             leave=False,
             disable=not sys.stderr.isatty(),
         )
@@ -146,6 +165,9 @@ class Log(TrainerCallback):  # type: ignore[misc]  # transformers is skipped by 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move the bar."""
         del args, control
+        if not self.begun:
+            self.begun = True
+            self.started()
         self.bar.update(state.global_step - self.bar.n)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -160,6 +182,9 @@ class Log(TrainerCallback):  # type: ignore[misc]  # transformers is skipped by 
         entry = {"step": state.global_step, **{key: _plain(value) for key, value in logs.items()}}
         with checkpoint.told(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+        if time.monotonic() - self.told >= 1:  # the whole report is written: not for every step
+            self.told = time.monotonic()
+            self.heard(state)
         if line := _line(state.global_step, state.max_steps, entry):
             (self.bar.write if self.bar is not None else print)(line)
 

@@ -9,16 +9,19 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import recipe as recipes
-from harness.errors import UsageError
+from harness import run_folder
+from harness.errors import UsageError, first_line
 from harness.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
     from harness.adapter import Adapter, LoraConfig
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
 PROBED, PROBED_TOKENS = 4, 64
 """How much text the logits are compared on: conversations, and tokens of each."""
+
+SAME = "the data is one conversation, which is trained on as well: give more, or a directory of two files"
+"""Why an evaluation loss cannot be judged."""
 
 COMPARED_REPLIES = 16
 """How many greedy replies are compared between the merged and the unmerged model."""
@@ -39,9 +45,10 @@ class Run:
         """Load the base and put LoRA in. Raises UsageError on what does not fit."""
         import torch
 
-        from harness import base, chat, checkpoint, injection, proof, registry
+        from harness import base, chat, checkpoint, folded, injection, proof, registry
 
         self.request = request
+        self.here = Path.cwd()  # an implementation may change directory
         self.recipe: Recipe = recipes.restored(request["recipe"])
         self.folder = RunFolder(path=Path(request["folder"]))
         self.adapter: Adapter = registry.resolve(request["adapter"])
@@ -55,24 +62,26 @@ class Run:
         self.base = base.load(settings)
         self.quantized = bool(settings["load_in_4bit"])
         self.tokenizer = chat.tokenizer(settings["name"])
-        data = self.recipe.data
-        self.train = chat.dataset(data["name"], "train")
-        self.eval = chat.dataset(data["name"], "eval")
+        chat.check_vocabulary(self.tokenizer, self.base.config.vocab_size)
+        self.train, self.eval, said = chat.splits(self.recipe.data["name"])
+        self.alike = self.train is self.eval
         if window := self.recipe.training_config.get("max_length"):
             chat.check_window(self.train, self.tokenizer, window)
         self.config: LoraConfig
         self.config, self.notes = injection.fitted(
             self.base, self.recipe.lora_config(), partial=bool(request["partial"])
         )
-        self.notes += self.recipe.notes
+        self.notes += [*self.recipe.notes, *said]
         if self.quantized and self.device == "cpu":
             self.notes.append(base.KEPT_UNPACKED)
         if settings["gradient_checkpointing"]:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
         self.marks = checkpoint.digests(self.base.state_dict())
         self.expected = proof.expected_counts(self.base, self.config)
+        self.shells = folded.shells(self.base, self.config)
         self.model: nn.Module = self.base
         self.steps = 0
+        self.logged: Callable[[], None] = lambda: None
         self.history: list[dict[str, Any]] = []
 
     def inject(self) -> None:
@@ -85,7 +94,8 @@ class Run:
         self.model = self.adapter.inject(self.base, self.config)
         injection.hold(self.model, self.adapter)
         if self.request["start"]:
-            injection.load(self.adapter, self.model, Path(self.request["start"]))
+            with contextlib.chdir(self.here):
+                injection.load(self.adapter, self.model, Path(self.request["start"]))
 
     def fit(self) -> list[Proof]:
         """Train with SFTTrainer; write the adapter; prove what the trainer alone can show."""
@@ -103,9 +113,21 @@ class Run:
             proof.optimizer_holds(self.model, trainer.optimizer),
             proof.checkpoint_is_whole(self.model, self.marks, self.folder.path),
             losses.loss_went_down(losses.curve(self.history, "loss"), self._reach()),
-            losses.eval_loss_went_down(before, after),
+            losses.eval_loss_went_down(before, after, SAME if self.alike else ""),
             proof.base_unchanged(self.marks, self.model),
         ]
+
+    def curves(self) -> dict[str, Any]:
+        """The losses so far, for the report."""
+        from harness.losses import curve
+
+        kinds = ("loss", "eval_loss", "learning_rate")
+        return {"steps": self.steps} | {kind: curve(self.history, kind) for kind in kinds}
+
+    def _heard(self, state: Any) -> None:
+        """Keep up with the trainer: called whenever it logs."""
+        self.steps, self.history = state.global_step, list(state.log_history)
+        self.logged()
 
     def _reach(self) -> float:
         """How far the run's steps can lower the loss; not known of another optimizer than Adam."""
@@ -119,15 +141,18 @@ class Run:
         """The trainer, done, and the evaluation loss before and after, where the recipe evaluates."""
         from harness import checkpoint, losses
 
-        trainer = self._trainer()
-        evaluates = self.recipe.training_config.get("do_eval", True)
-        last = self.folder.last_checkpoint() if self.request["resume"] else None
+        last = self._last()
         before = after = None
+        trainer = self._trainer(append=last is not None)
+        evaluates = self.recipe.training_config.get("do_eval", True)
         if evaluates:
-            before = _eval_loss(trainer) if last is None else _first_eval(self.folder)
+            before = _eval_loss(trainer) if last is None else self._first_eval()
         with checkpoint.told(self.folder.path):
             try:
-                trainer.train(resume_from_checkpoint=str(last) if last else None)
+                if last is not None and 0 < trainer.args.max_steps <= _step(last):
+                    trainer.stand(last)
+                else:
+                    trainer.train(resume_from_checkpoint=str(last) if last else None)
             except KeyboardInterrupt:
                 self.steps = trainer.state.global_step
                 if self.steps:
@@ -139,8 +164,33 @@ class Run:
             after = told[last_step] if last_step in told else _eval_loss(trainer)
         return trainer, before, after
 
-    def _trainer(self) -> Any:
-        """TRL's trainer on the injected model, with the harness's log."""
+    def _last(self) -> Path | None:
+        """The checkpoint to go on from. Raises UsageError on one that is damaged."""
+        from harness import checkpoint
+
+        if not self.request["resume"]:
+            return None
+        last = self.folder.last_checkpoint()
+        if last is None:
+            note = "--resume: the run has no checkpoint yet: it starts over"
+            self.notes.append(note)
+            print(f"  note: {note}", flush=True)
+            return None
+        checkpoint.check_whole(last)
+        self.folder.rewind(_step(last))
+        return last
+
+    def _first_eval(self) -> float | None:
+        """The loss before training, from the log of the run that is gone on with."""
+        entries = self.folder.entries()
+        found = (e["eval_loss"] for e in entries if "eval_loss" in e and e["step"] == 0)
+        return next(map(float, found), None)
+
+    def _trainer(self, *, append: bool) -> Any:
+        """TRL's trainer on the injected model, with the harness's log.
+
+        Raises UsageError on settings that the trainer refuses, and where what they name is missing.
+        """
         import peft
         from transformers import PreTrainedModel
         from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -154,18 +204,27 @@ class Run:
         if config.gradient_checkpointing and kwargs.get("use_reentrant", False):
             # Reentrant checkpointing drops gradients where a segment's inputs need none.
             self.base.enable_input_require_grads()
-        trainer = AdapterTrainer(
-            adapter=self.adapter,
-            injected=self.model,
-            # A wrapper promises nothing but to be called like the base; the base it has in it is
-            # what the trainer knows how to handle.
-            model=self.model if known else self.base,
-            args=config,
-            train_dataset=self.train,
-            eval_dataset=self.eval,
-            processing_class=self.tokenizer,
-            callbacks=[Log(self.folder.log, append=bool(self.request["resume"]))],
+        log = Log(
+            self.folder.log,
+            append=append,
+            heard=self._heard,
+            started=lambda: run_folder.forget(self.folder),
         )
+        try:
+            trainer = AdapterTrainer(
+                adapter=self.adapter,
+                injected=self.model,
+                # A wrapper promises nothing but to be called like the base; the base it has in it is
+                # what the trainer knows how to handle.
+                model=self.model if known else self.base,
+                args=config,
+                train_dataset=self.train,
+                eval_dataset=self.eval,
+                processing_class=self.tokenizer,
+                callbacks=[log],
+            )
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise UsageError(f"training_config: {first_line(error)}") from error
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -196,7 +255,7 @@ class Run:
 
     def merged(self, ids: Tensor, mask: Tensor, unmerged: Tensor) -> list[Proof]:
         """Property 4: the truth first, since merging is not asked to be undone."""
-        from harness import injection, proof
+        from harness import folded, injection, proof
         from harness.reload import probe
         from harness.truth import truth
 
@@ -224,13 +283,26 @@ class Run:
             dtype=dtype,
         )
         before = self.replies(COMPARED_REPLIES)
+        kept = folded.before(self.model, self.adapter, self.marks, self.shells)
+        dtypes = folded.coarsest(self.adapter, self.model)
         injection.release(self.model)
         self.adapter.merge(self.model)  # type: ignore[attr-defined]  # claimed: the feature brings it
         self.model.eval()
         logits = probe(self.model, ids, mask).cpu()
         real = mask.bool()
+        weights = folded.after(self.model, self.adapter, kept, dtypes)
+        if len(weights.unseen) == weights.modules or weights.hidden:
+            self.notes.append(
+                f"{self.adapter.name} shows no merged weight: merging is judged by the logits alone"
+            )
+        if proof.merge_sin(weights, unmerged[real], logits[real]):
+            reason = "blocked: what was compared is not a merged model"
+            replies = proof.unjudged(*tuple(claims.items())[1], reason, "not_run")
+        else:
+            replies = proof.same_replies(before, self.replies(COMPARED_REPLIES))
         return [
             proof.merged_agrees(
+                folded=weights,
                 unmerged=unmerged[real],
                 merged=logits[real],
                 truth=found.trained[real],
@@ -238,7 +310,7 @@ class Run:
                 base=found.base[real],
                 dtype=dtype,
             ),
-            proof.same_replies(before, self.replies(COMPARED_REPLIES)),
+            replies,
         ]
 
     def replies(self, count: int) -> list[str]:
@@ -290,13 +362,9 @@ def _eval_loss(trainer: Any) -> float:
     return float(trainer.evaluate()["eval_loss"])
 
 
-def _first_eval(folder: RunFolder) -> float | None:
-    """The loss before training, from the log of the run that is gone on with."""
-    for line in folder.log.read_text("utf-8").splitlines():
-        entry = json.loads(line)
-        if "eval_loss" in entry and entry["step"] == 0:
-            return float(entry["eval_loss"])
-    return None
+def _step(folder: Path) -> int:
+    """The step of a checkpoint, from its name."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def _claims(adapter: Adapter, recipe: Recipe) -> None:

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 
 from harness import cli, finetune, library_log, phi3, recipe
@@ -31,6 +32,7 @@ def said(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(library_log, "divert", lambda _: None)
     monkeypatch.setattr(library_log, "settle", lambda: None)
+    datasets.disable_progress_bars()  # as `divert` does
 
     def here(module, request):
         return importlib.import_module(module).main(str(request))
@@ -166,6 +168,67 @@ TABLE = {
         lambda: ["--set", "training_config.optim=paged_adamw_32bit"],
         "training_config.optim: paged_adamw_32bit pages a GPU's memory",
     ),
+    "a rate that is no number": (
+        lambda: ["--set", "training_config.learning_rate=nan"],
+        "training_config.learning_rate: must be above 0, not nan",
+    ),
+    "a seed below 0": (
+        lambda: ["--set", "training_config.seed=-1"],
+        "training_config.seed: must be from 0 to 2**32 - 1, not -1",
+    ),
+    "no epochs": (
+        lambda: [
+            *("--set", "training_config.max_steps=-1"),
+            *("--set", "training_config.num_train_epochs=0"),
+        ],
+        "training_config.num_train_epochs: must be above 0, not 0",
+    ),
+    "no steps": (
+        lambda: ["--set", "training_config.max_steps=0"],
+        "training_config.max_steps: must be at least 1, or -1 to go by epochs, not 0",
+    ),
+    "a dtype that nobody knows": (
+        lambda: ["--set", "model.bnb_4bit_compute_dtype=foo"],
+        "model.bnb_4bit_compute_dtype: unknown 'foo'; known are ",
+    ),
+    "a packing that nobody knows": (
+        lambda: [
+            *("--set", "training_config.packing=true"),
+            *("--set", "training_config.packing_strategy=foo"),
+        ],
+        "training_config: ",
+    ),
+    "a tracker that nobody knows": (
+        lambda: ["--set", "training_config.report_to=foo"],
+        "training_config: foo is not supported",
+    ),
+    "parts that are no pairs": (
+        lambda: ["--set", "peft_config.enable_lora={qkv_proj=5}"],
+        "peft_config.enable_lora: must give each module its parts as pairs of rows",
+    ),
+    "a device without numbers": (
+        lambda: ["--device", "meta"],
+        "device 'meta': holds no numbers; use cpu or cuda",
+    ),
+    "an output too long": (lambda: ["--output", "x" * 300], "output folder xxx"),
+    "a recipe too long": (lambda: ["--recipe", "x" * 300], "recipe xxx"),
+    "data too long": (lambda: ["--data", "x" * 300], "data xxx"),
+    "a model too long": (lambda: ["--model", "x" * 300], "model xxx"),
+    "no model": (lambda: ["--model", ""], "--model: is empty; name one, or leave it out"),
+    "no data": (lambda: ["--data", ""], "--data: is empty; name one, or leave it out"),
+    "data beyond ASCII": (lambda: ["--data", "😀.jsonl"], "data 😀.jsonl: no such file"),
+    "data: the assistant first": (
+        lambda: data("first.jsonl", row(("assistant", "a"))),
+        "data first.jsonl: line 1 starts with the assistant's turn; put the user's before it",
+    ),
+    "a report that cannot be written": (
+        lambda: ["--json", "/proc/none.json"],
+        "--json /proc/none.json: cannot be written (",
+    ),
+    "a disk that is none": (
+        lambda: ["--output", "/proc", "--overwrite"],
+        "output folder /proc/peft-tiny: /proc cannot be written; give another --output",
+    ),
     "a budget on a CPU": (lambda: ["--budget", "8GiB"], "--budget: limits a GPU's memory"),
     "a budget that is none": (lambda: ["--budget", "8 apples"], "--budget: '8 apples' is no size"),
 }
@@ -265,3 +328,43 @@ def test_resuming_another_shape_is_refused(said, tmp_path):
         ),
     )
     assert (run.read_bytes(), list(folder.iterdir())) == (before, [run])
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+    """As Notepad saves it."""
+    path = tmp_path / "mine.toml"
+    text = "[peft_config]\nr = 4\nlora_alpha = 8\ntarget_modules = 'all-linear'\n"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+
+    assert recipe.load(str(path)).peft_config["r"] == 4
+
+
+def test_a_tokenizer_of_another_vocabulary_is_told():
+    """An id that no row of the embedding belongs to: one line before training."""
+    from harness import chat
+    from harness.errors import UsageError
+
+    own = chat.tokenizer()
+
+    chat.check_vocabulary(own, 640)
+    with pytest.raises(UsageError, match="and the model a vocabulary of 600; give the model"):
+        chat.check_vocabulary(own, 600)
+
+
+def test_an_implementation_that_fails_to_answer_is_told_in_one_line(monkeypatch, capsys, tmp_path):
+    """--generate with an adapter whose inject raises: exit 1, no traceback."""
+    from harness import inference
+
+    monkeypatch.setattr(library_log, "divert", lambda _: None)
+
+    def fails(_):
+        raise RuntimeError("this build has no kernels\nat all")
+
+    monkeypatch.setattr(inference, "_answer", fails)
+    path = tmp_path / "request.json"
+    path.write_text(json.dumps({"adapter": "x:y", "folder": str(tmp_path)}), encoding="utf-8")
+
+    assert inference.main(str(path)) == 1
+    assert capsys.readouterr().err == (
+        "lora-harness finetune: x:y failed: RuntimeError: this build has no kernels\n"
+    )

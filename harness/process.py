@@ -1,0 +1,76 @@
+"""One of our modules in a process of its own, and the signals between the two."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import FrameType
+    from typing import Any
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""What asks a run to end, beside Ctrl-C: the child takes them as that, and keeps what was done."""
+
+# The child must not inherit the ignored SIGINT: Python installs its own handler only over the default.
+_CHILD = (
+    "import signal, sys; h = signal.default_int_handler; signal.signal(signal.SIGINT, h); "
+    "[signal.signal(s, h) for s in (signal.SIGTERM, signal.SIGHUP) "
+    "if signal.getsignal(s) is not signal.SIG_IGN]; "
+    "from {module} import main; sys.exit(main(sys.argv[1]))"
+)
+
+
+def run(module: str, request: Path) -> int:
+    """Run one of our modules on a request; returns its exit code, negative for a signal.
+
+    Ctrl-C is the child's to answer, which has the work; SIGTERM and SIGHUP are handed on to it.
+    """
+    child: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(number: int, _: FrameType | None) -> None:
+        for process in child:
+            process.send_signal(number)
+
+    before: dict[signal.Signals, Callable[..., Any] | int | None] = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    }
+    for one in ENDING:
+        if signal.getsignal(one) is not signal.SIG_IGN:  # nohup's wish
+            before[one] = signal.signal(one, hand_on)
+    try:
+        child.append(
+            subprocess.Popen(
+                [sys.executable, "-c", _CHILD.format(module=module), str(request)],
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )
+        )
+        return child[0].wait()
+    finally:
+        if child and child[0].poll() is None:
+            child[0].terminate()
+            child[0].wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def beside(module: str, request: Path) -> subprocess.Popen[bytes]:
+    """Start one of our modules on a request, deaf to Ctrl-C: whoever started it ends it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # an ignored signal is inherited
+    try:
+        return subprocess.Popen([sys.executable, "-m", module, str(request)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def ending(code: int) -> str:
+    """An exit code in words: the signal's name, where it was one."""
+    try:
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    except ValueError:
+        return f"exit code {code}"

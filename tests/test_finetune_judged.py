@@ -1,0 +1,414 @@
+"""Sins of an implementation that a fine-tuning run must not let pass, and what it must not blame."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from harness import LoraConfig, checkpoint, finetune, recipe, registry, run, run_folder
+from harness.errors import UsageError
+from harness.run_folder import RunFolder
+
+CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=("o_proj",))
+
+
+def injected(adapter, dtype="float32", config=CONFIG):
+    """Tiny with LoRA whose B is not zero; its fingerprints and its bare modules."""
+    import torch
+
+    from harness import folded, injection, phi3
+
+    base = phi3.load("tiny", dtype=dtype)
+    marks, shells = checkpoint.digests(base.state_dict()), folded.shells(base, config)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = adapter.inject(base, config)
+    with torch.no_grad():
+        for parts in adapter.factors(model).values():
+            for one in parts:
+                one.B.normal_(std=0.02)
+    return injection.evaluating(model, adapter), marks, shells
+
+
+def sin_of(adapter, merge, dtype="float32"):
+    """What is said against a merge, by weights and bits."""
+    import torch
+
+    from harness import folded, injection, proof, reload
+
+    model, marks, shells = injected(adapter, dtype)
+    ids = torch.arange(8)[None]
+    unmerged = reload.probe(model, ids, torch.ones_like(ids))
+    kept = folded.before(model, adapter, marks, shells)
+    dtypes = folded.coarsest(adapter, model)
+    injection.release(model)
+    merge(adapter, model)
+    found = folded.after(model, adapter, kept, dtypes)
+    merged = reload.probe(model.eval(), ids, torch.ones_like(ids))
+    return proof.merge_sin(found, unmerged, merged), found
+
+
+def forgets_a_layer(adapter, model):
+    """PEFT's merge, of all modules but one."""
+    from peft.tuners import lora
+
+    layers = [one for one in model.modules() if isinstance(one, lora.LoraLayer)]
+    for one in layers[1:]:
+        one.merge()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, of what it renamed
+@pytest.mark.parametrize(
+    "name", ["peft", "loralib", "reference", "hooked", "parametrised", "transposed"]
+)
+def test_a_correct_merge_is_seen_in_every_weight(name, monkeypatch):
+    """Each module's weight is read, changed and W + ΔW, in half precision too."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "implementations")
+    adapter = registry.resolve(name if name in registry.BUILT_IN else f"{name}:adapter")
+
+    said, found = sin_of(adapter, lambda adapter, model: adapter.merge(model), "bfloat16")
+
+    assert (said, len(found.right)) == ("", 12)
+
+
+@pytest.mark.parametrize(
+    ("merge", "said"),
+    [
+        (lambda *_: None, "merge did nothing: no weight and no bit of the logits changed"),
+        (forgets_a_layer, "merge left out 1 modules: ['model.layers.0.self_attn.o_proj']"),
+    ],
+    ids=["nothing", "a layer forgotten"],
+)
+def test_a_merge_that_leaves_something_out_is_seen(merge, said):
+    """In bfloat16, where the logits' budget hides a layer."""
+    assert sin_of(registry.resolve("peft"), merge, "bfloat16")[0] == said
+
+
+def test_a_merge_that_keeps_the_weight_is_judged_by_its_logits():
+    """`base_weight` may go on giving W: where nothing that is read changes, a changed bit is enough."""
+    adapter = registry.resolve("peft")
+    model, _, _ = injected(adapter)
+    frozen = {name: adapter.base_weight(model, name).clone() for name in adapter.factors(model)}
+    adapter.base_weight = lambda _, name: frozen[name]
+
+    said, found = sin_of(adapter, lambda adapter, model: adapter.merge(model))
+
+    assert (said, found.hidden, len(found.idle)) == ("", True, 12)
+
+
+def test_an_effect_within_ten_budgets_proves_no_merge():
+    """With no weight to read, so small an effect is vacuous; with every weight read, it is judged."""
+    import torch
+
+    from harness.folded import Folded
+    from harness.proof import merged_agrees
+
+    truth = torch.linspace(1, 2, 8, dtype=torch.float64)
+    given = {
+        "unmerged": truth,
+        "merged": truth,
+        "truth": truth,
+        "noise": torch.full_like(truth, 1e-3),
+        "base": truth - 0.02,
+        "dtype": torch.bfloat16,
+    }
+
+    unread = merged_agrees(folded=Folded(modules=1, unseen=["fc"]), **given)
+    read = merged_agrees(folded=Folded(modules=1, right=["fc"]), **given)
+
+    assert (unread.outcome, unread.reason.partition(":")[0]) == ("not_run", "vacuous")
+    assert read.outcome == "passed"
+
+
+def test_another_scaling_than_the_config_gives_is_seen():
+    """alpha·r in the place of alpha/r: the truth, which takes the factors' own, cannot show it."""
+    from harness import proof
+
+    adapter = registry.resolve("peft")
+    model, _, _ = injected(adapter)
+    expected = dict.fromkeys(adapter.factors(model), 4 * 128)
+    assert proof.only_lora_trains(model, adapter, CONFIG, expected).outcome == "passed"
+    for layer in model.modules():
+        if isinstance(getattr(layer, "scaling", None), dict):
+            layer.scaling["default"] = 32.0
+
+    found = proof.only_lora_trains(model, adapter, CONFIG, expected)
+
+    assert found.outcome == "failed"
+    assert found.reason.startswith("another scaling than alpha and r give in 12: ")
+
+
+def test_a_module_to_save_may_be_named_with_a_dot():
+    """`model.norm` is the norm before the head, and its weight may train."""
+    from harness import proof
+
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=("o_proj",), modules_to_save=("model.norm",)
+    )
+    adapter = registry.resolve("peft")
+    model, _, _ = injected(adapter, config=config)
+    expected = dict.fromkeys(adapter.factors(model), 4 * 128)
+
+    assert proof.only_lora_trains(model, adapter, config, expected).outcome == "passed"
+
+
+@pytest.mark.parametrize(("last", "outcome"), [(3.2, "passed"), (3.45, "not_run"), (3.7, "failed")])
+def test_a_fall_within_the_noise_blames_nobody(last, outcome):
+    """Plainly down, down by less than the noise, and up."""
+    from harness.losses import loss_went_down
+
+    noisy = [3.6, 3.7] * 10
+    losses = [*noisy, *([last - 0.2, last + 0.2] if last > 3.3 else [last, last])]
+
+    assert loss_went_down(list(enumerate(losses))).outcome == outcome
+
+
+def test_a_wrapper_that_can_only_be_called_is_asked_token_by_token():
+    """Without `generate`, the greedy replies are the same, of prompts of unlike length."""
+    from torch import nn
+
+    from harness import chat, phi3
+
+    class Plain(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, **given):
+            return self.inner(**given)
+
+    model, own = phi3.load("tiny"), chat.tokenizer()
+    asked, _ = chat.prompts(chat.dataset("shipped", "eval").select(range(6)))
+
+    assert chat.replies(Plain(model), own, asked, 8) == chat.replies(model, own, asked, 8)
+
+
+# -- the process ---------------------------------------------------------------------------------
+
+
+def request(folder, **given):
+    """What a run is asked, written where it looks for it."""
+    asked = recipe.load("quick", ["model.device=cpu"])
+    folder.path.mkdir(parents=True, exist_ok=True)
+    whole = {"adapter": "peft", "recipe": asked.as_dict(), "folder": str(folder.path)}
+    whole |= {"resume": False, "budget": None, "partial": False, "start": None} | given
+    folder.request.write_text(json.dumps(whole), encoding="utf-8")
+    return folder.request
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_process_that_ends_early_has_judged_nothing(code, monkeypatch, capsys, tmp_path):
+    """`os._exit(0)` in an implementation: exit 1, and it is said."""
+    monkeypatch.setattr(finetune, "_process", lambda *_: code)
+    folder = RunFolder(path=tmp_path / "x-tiny")
+
+    assert finetune.run(recipe.load("quick"), "x:y", folder=folder) == 1
+    assert capsys.readouterr().err == (
+        f"lora-harness finetune: x:y: its process ended with exit code {code} before it was judged; "
+        "an implementation that ends the process does not conform\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (
+            SystemExit(0),
+            1,
+            "lora-harness finetune: peft failed: SystemExit: 0; the traceback is in ",
+        ),
+        (
+            KeyboardInterrupt(),
+            2,
+            "lora-harness finetune: interrupted; training was done, the proofs were not; ",
+        ),
+    ],
+    ids=["sys.exit", "Ctrl-C in the proofs"],
+)
+def test_what_was_trained_outlives_what_ends_the_run(  # noqa: PLR0917  # half of them pytest's
+    raised, code, said, monkeypatch, capsys, tmp_path
+):
+    """An implementation that exits has failed; an interruption keeps the adapter."""
+    from harness import library_log
+
+    monkeypatch.setattr(library_log, "divert", lambda _: None)
+    folder = RunFolder(path=tmp_path / "peft-tiny")
+    path = request(folder)
+
+    def after_training(*_):
+        (folder.path / "adapter.safetensors").write_bytes(b"x")
+        raise raised
+
+    monkeypatch.setattr(run, "_run", after_training)
+
+    assert run.main(str(path)) == code
+    assert capsys.readouterr().err.startswith(said)
+    assert (folder.path / "adapter.safetensors").is_file()
+
+
+def test_sigterm_is_handed_to_the_child_which_ends_in_order(tmp_path):
+    """The child takes it as Ctrl-C; the parent waits and returns its code."""
+    (tmp_path / "patient.py").write_text(
+        textwrap.dedent(
+            """
+            import pathlib, time
+            def main(path):
+                try:
+                    pathlib.Path(path).write_text("ready")
+                    time.sleep(60)
+                except KeyboardInterrupt:
+                    pathlib.Path(path).write_text("kept")
+                    return 2
+            """
+        ),
+        encoding="utf-8",
+    )
+    mark = tmp_path / "mark"
+    code = (
+        "import sys, pathlib; from harness import process; "
+        f"sys.exit(process.run('patient', pathlib.Path({str(mark)!r})))"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths})
+    for _ in range(600):
+        if mark.exists() and mark.read_text() == "ready":
+            break
+        time.sleep(0.05)
+
+    parent.send_signal(signal.SIGTERM)
+
+    assert parent.wait(timeout=30) == 2
+    assert mark.read_text() == "kept"
+
+
+def test_the_copy_of_the_report_grows_with_it(tmp_path):
+    """`--json`: unfinished from the first row on, whatever lay there before."""
+    copy = tmp_path / "copy.json"
+    copy.write_text('{"finished": true}', encoding="utf-8")
+    recorder = run._recorder({"json": str(copy)})
+
+    with recorder(tmp_path / "own.json", kind="finetune", environment={}) as record:
+        assert json.loads(copy.read_text("utf-8"))["finished"] is False
+        record.add("notes", "so far")
+        assert json.loads(copy.read_text("utf-8"))["notes"] == ["so far"]
+
+    assert copy.read_bytes() == (tmp_path / "own.json").read_bytes()
+
+
+# -- the folder ----------------------------------------------------------------------------------
+
+
+def old_run(tmp_path):
+    """A run, and beside it in the folder something of the user's."""
+    folder = RunFolder(path=tmp_path / "peft-tiny")
+    request(folder)
+    (folder.checkpoints / "checkpoint-2").mkdir(parents=True)
+    (folder.checkpoints / "checkpoint-2" / "adapter.pt").write_bytes(b"old")
+    (folder.path / "notes.txt").write_text("mine", encoding="utf-8")
+    folder.report.write_text("{}", encoding="utf-8")
+    return folder, {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_run_to_be_replaced_comes_back_where_the_new_one_comes_to_nothing(monkeypatch, tmp_path):
+    """Exit 2 before the first step: every file as it was."""
+    folder, before = old_run(tmp_path)
+    monkeypatch.setattr(finetune, "_process", lambda *_: 2)
+
+    assert finetune.run(recipe.load("quick"), "peft", folder=folder) == 2
+
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_replaced_run_goes_and_what_is_the_users_stays(tmp_path):
+    """From the first step on the old run is gone; what no run wrote never moves."""
+    folder, _ = old_run(tmp_path)
+
+    run_folder.put_aside(folder)
+    run_folder.forget(folder)
+
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [folder.path / "notes.txt"]
+
+
+def test_the_newest_run_is_one_of_the_same_implementation(monkeypatch, tmp_path):
+    """The folder of `mine:peft` ends as peft's does."""
+    monkeypatch.chdir(tmp_path)
+    for name, adapter in (("1-peft-tiny", "peft"), ("2-mine-peft-tiny", "mine:peft")):
+        request(RunFolder(path=run_folder.DEFAULT / name), adapter=adapter)
+
+    found = run_folder.place("peft", "tiny", output=None, resume=True, overwrite=False)
+
+    assert found.path.name == "1-peft-tiny"
+
+
+@pytest.mark.parametrize("content", ['{"recipe": {}}', "5", "[]", "{"])
+def test_a_request_that_is_not_a_runs_is_told(content, tmp_path):
+    """Anything else in run.json: one line."""
+    folder = RunFolder(path=tmp_path)
+    folder.request.write_text(content, encoding="utf-8")
+
+    with pytest.raises(UsageError, match="give the folder of a run"):
+        folder.asked()
+
+
+def test_a_log_is_taken_back_to_the_checkpoint(tmp_path):
+    """What comes again is not told twice; a missing log is told in one line."""
+    folder = RunFolder(path=tmp_path)
+    folder.log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n', encoding="utf-8")
+
+    folder.rewind(2)
+
+    assert folder.entries() == [{"step": 1}, {"step": 2}]
+    folder.log.unlink()
+    with pytest.raises(UsageError, match=r"log\.jsonl is missing or damaged; start afresh"):
+        folder.rewind(2)
+
+
+def test_a_checkpoint_cut_short_is_told(tmp_path):
+    """optimizer.pt without its end: one line before anything is loaded."""
+    import torch
+
+    (tmp_path / "trainer_state.json").write_text("{}", encoding="utf-8")
+    path = tmp_path / "optimizer.pt"
+    torch.save({"a": torch.zeros(100)}, path)
+    checkpoint.check_whole(tmp_path)
+    path.write_bytes(path.read_bytes()[:-50])
+
+    with pytest.raises(UsageError, match=r"optimizer\.pt is damaged"):
+        checkpoint.check_whole(tmp_path)
+
+
+@pytest.mark.parametrize(("count", "kept", "held"), [(25, 23, 2), (4, 3, 1), (1, 1, 1)])
+def test_a_single_file_is_parted(count, kept, held, tmp_path):
+    """Every tenth conversation is held out and said so; one alone is both, which is said too."""
+    from harness import chat
+
+    rows = chat.dataset("shipped", "train").select(range(count))
+    path = tmp_path / "one.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    train, evaluated, notes = chat.splits(path)
+
+    assert (len(train), len(evaluated), len(notes)) == (kept, held, 1)
+    assert count == 1 or not {str(row) for row in train} & {str(row) for row in evaluated}
+
+
+def test_the_table_breaks_between_words_on_a_narrow_terminal(monkeypatch):
+    """At 80 columns no line is wider, and no word is cut."""
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [("merged and unmerged: the replies", "not judged", "3.1e-05 and 2.9e-05 off", "1 of 2")]
+    words = " ".join(rows[0]).split()
+
+    found = finetune._table(rows * 2, ("property", "holds", "measured", "allowed"))
+
+    assert max(map(len, found.splitlines())) <= 80
+    assert set(words) <= set(found.split())
