@@ -6,7 +6,7 @@ from __future__ import annotations
 class UsageError(Exception):
     """Wrong usage or unreadable input: subject, what is wrong, how to mend it, in one line.
 
-    The command line prints the line and exits 2; pytest turns it into a usage error. A failure of
+    The command line prints the line and exits 2, and so does the pytest plugin. A failure of
     the implementation on trial is never a `UsageError`: that is a `harness.failure.Failure`.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import textwrap
 from types import SimpleNamespace
@@ -61,6 +62,21 @@ def test_the_names_are_sorted_and_hold_the_built_in():
 def test_an_adapter_in_the_working_directory_is_found(here):
     """`pkg.module:factory` is looked for where the user stands."""
     assert registry.resolve("mine_adapter:Shim").name == "mine"
+
+
+def test_a_folder_called_harness_beside_the_adapter_is_not_ours(here):
+    """A process that does not look in the working directory for us still finds the user's adapter."""
+    (here / "harness").mkdir()
+    (here / "harness" / "__init__.py").write_text(
+        "raise SystemExit('not ours')\n", encoding="utf-8"
+    )
+    code = "from harness import registry; print(registry.resolve('mine_adapter:Shim').name)"
+
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=here, capture_output=True, text=True, check=False
+    )
+
+    assert (done.returncode, done.stdout) == (0, "mine\n"), done.stderr
 
 
 def test_an_entry_point_is_found_by_name(here, monkeypatch):
