@@ -156,7 +156,7 @@ class Trial:
         """
         for name, parts in self.factors(model).items():
             for k, f in enumerate(parts):
-                drawn = f"{name}/{k}/{seed}/{self.case.seed or ''}"
+                drawn = f"{name}/{k}/{seed}" + (f"/{self.case.seed}" if self.case.seed else "")
                 g = torch.Generator().manual_seed(zlib.crc32(drawn.encode()))
                 with torch.no_grad():
                     r, i = f.A.shape

@@ -202,12 +202,15 @@ def base_keys_kept(trial: Trial) -> None:
     ),
     needs=("checkpoint/round-trip-bits",),
     cases=(
-        *(Case(way=way) for way in ("prefix", "missing", "extra", "rank", "shape", "row", "empty")),
+        *(
+            Case(way=way)
+            for way in ("prefix", "missing", "extra", "rank", "shape", "row", "turned", "empty")
+        ),
         Case(specimen="stack", way="modules_to_save"),
     ),
 )
 def misfit_is_loud(trial: Trial) -> None:
-    """Load seven kinds of misfits, and a checkpoint that lacks a whole module."""
+    """Load eight kinds of misfits, and a checkpoint that lacks a whole module."""
     if trial.case.way == "modules_to_save":
         _whole_module_missing(trial)
         return
@@ -255,6 +258,8 @@ def _misfit(trial: Trial, state: dict[str, Any]) -> dict[str, Any]:
         return {**state, first: torch.cat([state[first], state[first][..., :1]], dim=-1)}
     if way == "row":  # a shape that copying would stretch
         return {**state, first: state[first][:1]}
+    if way == "turned":  # as many numbers, in another shape
+        return {**state, first: state[first].T.contiguous()}
     if way == "empty":
         return {}
     wider: dict[str, Any] = kept(trial, trial.inject(config=trial.config(r=trial.case.r + 1)))

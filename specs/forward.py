@@ -75,6 +75,7 @@ def input_unchanged(trial: Trial) -> None:
         Case(dtype="float16"),
         Case(dtype="float64"),
         Case(specimen="stack"),
+        Case(shape=(50, 40), r=45),
         *(Case(way=form) for form in FORMS),
     ),
     search=cases,

@@ -186,22 +186,25 @@ def autocast(trial: Trial) -> None:
 
 @spec(
     "forward/inference-mode-first",
-    claim="A model first called in inference mode MUST train afterwards.",
+    claim="A model first called in inference mode MUST act there as elsewhere, and train afterwards.",
     why="A tensor made and kept in an inference call cannot be used by autograd: evaluating before "
-    "training, as trainers do, then raises.",
+    "training, as trainers do, then raises. A fast path for inference may leave the adapter out.",
     source=("BUGS 124", "https://github.com/Lightning-AI/litgpt/pull/2225"),
     needs=("forward/gradients",),
     cases=tuple(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused")),
 )
 def inference_mode_first(trial: Trial) -> None:
-    """Judge a backward pass after such a call."""
+    """Judge such a call's outputs, and a backward pass after it."""
     import torch
 
     from harness import specimen, storage
 
-    model, x = trial.adapted(), trial.inputs()
+    base, model, x = trial.base(), trial.adapted(), trial.inputs()
     with torch.inference_mode():
-        specimen.call(model, x.clone())
+        found = specimen.call(model, x.clone())
+    factors = trial.snapshot(model)
+    budget = trial.budget(base, factors, x)
+    trial.close(found.clone(), trial.truth(base, factors, x), budget, "output in inference mode")
     model.train()
     specimen.loss(model, x).backward()  # type: ignore[no-untyped-call]
     for handle in storage.handles(trial.factors(model)):

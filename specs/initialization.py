@@ -118,7 +118,7 @@ def no_op(trial: Trial) -> None:
     why="Where both are zero, so are both gradients, for ever: the loss is finite and nothing learns.",
     source=(PAPER, "BUGS 101, P-3"),
     needs=("targeting/exact-coverage",),
-    cases=tuple(Case(specimen=name) for name in LAYERS),
+    cases=(Case(r=1), *(Case(specimen=name) for name in LAYERS)),
 )
 def not_both_zero(trial: Trial) -> None:
     """Judge each pair of factors, and their product."""

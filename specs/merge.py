@@ -59,20 +59,26 @@ def _or_raises(act: Callable[[], object]) -> None:
         Case(dtype="float16"),
         Case(dtype="float64", r=13),
         Case(way="rslora"),
+        Case(way="in-train", dropout=0.5),
         *(case for case in EACH_LAYER if case.specimen != "bare"),
     ),
 )
 def same_output(trial: Trial) -> None:
-    """Merge random factors and compare the outputs with the equation."""
+    """Merge random factors, in train mode with dropout too, and compare the outputs with the equation."""
     base, given = trial.base(), trial.inputs()
     rslora = trial.case.way == "rslora" and trial.claims("rslora")
-    model = trial.adapted(config=trial.config(use_rslora=rslora))
+    dropout = trial.case.dropout if trial.claims("dropout") else 0.0
+    model = trial.adapted(config=trial.config(use_rslora=rslora, lora_dropout=dropout))
     factors = trial.snapshot(model)
     truth, budget = trial.truth(base, factors, given), trial.budget(base, factors, given)
     plain = trial.truth(base, {}, given)
     if bool(((truth - plain).abs() <= budget).all()):
         trial.notes.append("vacuous: rounding is as large as the adapter's effect")
+    if trial.case.way == "in-train":
+        model.train()
     trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
+    if trial.case.way == "in-train" and not getattr(trial.adapter, "eval_merges", False):
+        model.eval()
 
     trial.close(trial.call(model, given), truth, budget, "merged output")
 

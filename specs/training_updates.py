@@ -159,7 +159,7 @@ def checkpointing_same_masks(trial: Trial) -> None:
     why="An implementation can be right at every step that is looked at alone and still learn something "
     "else: by what it keeps from one step to the next.",
     source=("LoRA, section 4.1, https://arxiv.org/abs/2106.09685", "BUGS P-5"),
-    needs=("training/update-equivalence", "trainable/dtype-stated"),
+    needs=("training/update-equivalence",),
     cases=(
         Case(),
         Case(specimen="fused"),

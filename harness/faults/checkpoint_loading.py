@@ -10,7 +10,7 @@ from torch import nn
 
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
-from harness.faults.checkpoint import Selects
+from harness.faults.checkpoint import ROUND_TRIP, Selects
 from harness.faults.merge import with_layer
 from harness.faults.record import fault
 from harness.faults.unmerge import Subtracts
@@ -281,3 +281,71 @@ class WritesFirst(Reference):
 )
 def writes_before_it_checks() -> Adapter:
     return WritesFirst()
+
+
+class ByPosition(Reference):
+    def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        own = self.state_dict(model)
+        if own.keys() == state.keys():
+            state = dict(zip(own, state.values(), strict=True))
+        super().load_state_dict(model, state)
+
+
+@fault(
+    sin="Entries are taken one after the other, whatever their names.",
+    killed_by="checkpoint/every-layer",
+    varies="a checkpoint whose entries come in another order",
+)
+def loads_by_position() -> Adapter:
+    return ByPosition()
+
+
+class Turns(Reference):
+    def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        square = {k: t.T for k, t in state.items() if t.dim() == 2 and t.shape[0] == t.shape[1]}
+        super().load_state_dict(model, state | square)
+
+
+@fault(
+    sin="A square factor is loaded transposed.",
+    killed_by=ROUND_TRIP,
+    varies="a rank as large as the layer is wide",
+)
+def turns_square_factors() -> Adapter:
+    return Turns()
+
+
+class Aliases(Reference):
+    def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(model, state)
+        for key, tensor in self.trained(model).items():
+            if tensor.dtype == state[key].dtype:
+                tensor.data = state[key]
+
+
+@fault(
+    sin="The model goes on with the very tensors of the checkpoint it was given.",
+    killed_by=ROUND_TRIP,
+    varies="a checkpoint that is written to after it was loaded",
+)
+def lives_on_in_the_checkpoint() -> Adapter:
+    return Aliases()
+
+
+class Reshapes(Reference):
+    def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        own = self.state_dict(model)
+        fitted = {
+            k: t.reshape(own[k].shape) if k in own and own[k].numel() == t.numel() else t
+            for k, t in state.items()
+        }
+        super().load_state_dict(model, fitted)
+
+
+@fault(
+    sin="An entry of another shape is taken if it has as many numbers.",
+    killed_by="checkpoint/misfit-is-loud",
+    varies="a factor that is transposed",
+)
+def reshapes_what_does_not_fit() -> Adapter:
+    return Reshapes()

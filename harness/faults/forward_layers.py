@@ -12,7 +12,7 @@ from harness.adapters.equation import Branch, ConvBranch, EmbeddingBranch
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
 from harness.faults.record import fault
-from harness.faults.wrong import answering, branches, layer, wrong
+from harness.faults.wrong import answering, branches, layer, named, wrong
 
 if TYPE_CHECKING:
     from harness.adapter import Adapter, LoraConfig
@@ -233,3 +233,32 @@ def keeps_an_index_of_its_first_call() -> Adapter:
         return y.index_select(-1, adapted.index)
 
     return answering(act)
+
+
+@fault(
+    sin="In inference mode a fast path calls the base alone.",
+    killed_by="forward/inference-mode-first",
+    varies="a call in inference mode",
+)
+def leaves_the_branch_out_of_inference() -> Adapter:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        out: Tensor = (
+            self.base(x) if torch.is_inference_mode_enabled() else Adapted.forward(self, x)
+        )
+        return out
+
+    return wrong(layer=layer(forward=forward))
+
+
+@fault(
+    sin="A forward pass uses the first 32 ranks.",
+    killed_by="forward/equals-oracle",
+    varies="a large rank",
+)
+def forgets_ranks_beyond_32() -> Adapter:
+    def down(self: Any, base: Any, x: Tensor) -> Tensor:
+        out = Branch.down(self, base, x)
+        out[..., 32:] = 0
+        return out
+
+    return wrong(branches={**Reference.branches, torch.nn.Linear: named(Branch, {"down": down})})

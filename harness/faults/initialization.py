@@ -104,6 +104,22 @@ def starts_both_factors_at_zero() -> Adapter:
 
 
 @fault(
+    sin="At rank 1 both factors start at zero.",
+    killed_by="initialization/not-both-zero",
+    varies="rank 1",
+)
+def starts_at_zero_at_rank_one() -> Adapter:
+    """A spread over r - 1 is none."""
+
+    def act(branch: Branch, generator: torch.Generator) -> None:
+        Branch.initialize(branch, generator)
+        if len(branch.lora_A) == 1:
+            branch.lora_A.zero_()
+
+    return _initialized(act)
+
+
+@fault(
     sin="The base's layer is copied.",
     killed_by=BASE,
     replays=("28", "45"),

@@ -327,3 +327,18 @@ class Downcasts(Adapted):
 )
 def merge_under_autocast_downcasts_the_weight() -> Adapter:
     return with_layer(Downcasts)
+
+
+class Thinned(Branch):
+    def delta(self, base: Any) -> Tensor:
+        p = self.dropout.p if self.training and self.dropout is not None else 0.0
+        return (1 - p) * super().delta(base)
+
+
+@fault(
+    sin="In train mode a merge folds in what dropout leaves of the update.",
+    killed_by=SAME,
+    varies="merging in train mode, with dropout",
+)
+def merges_what_dropout_leaves() -> Adapter:
+    return with_branches({nn.Linear: Thinned})
