@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +32,18 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> str:
 def terminal_width() -> int:
     """How wide text for people is wrapped: the terminal's width, and never more than 100."""
     return max(40, min(100, shutil.get_terminal_size((100, 24)).columns))
+
+
+def wrapped(text: str, *, initial_indent: str = "", subsequent_indent: str = "") -> str:
+    """A paragraph as wide as the terminal; ids, commands and paths stay whole."""
+    return textwrap.fill(
+        text,
+        terminal_width(),
+        initial_indent=initial_indent,
+        subsequent_indent=subsequent_indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _is_number(cell: str) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 from typing import TYPE_CHECKING
 
 from harness.case import Case
-from harness.console import table
+from harness.console import table, wrapped
 from harness.errors import UsageError
 from harness.spec import SPEC_VERSION, catalogue, select
 
@@ -28,7 +27,6 @@ MARKS = {
     "not_claimed": " ",
     "not_run": "?",
 }
-WIDTH = 100
 LIBRARIES = ("torch", "transformers", "peft", "loralib", "trl")
 
 
@@ -101,14 +99,13 @@ def list_command(args: argparse.Namespace) -> int:
         for name, level, tier, claim in rows:
             indent = width + 16
             print(
-                textwrap.fill(
+                wrapped(
                     claim,
-                    WIDTH + 20,
                     initial_indent=f"{name:<{width}}  {level:<6}  {tier:<5} ",
                     subsequent_indent=" " * indent,
                 )
             )
-    print(f"\n{len(specs)} specs, spec version {SPEC_VERSION}")
+    print(f"\n{len(specs)} spec{'' if len(specs) == 1 else 's'}, spec version {SPEC_VERSION}")
     return 0
 
 
@@ -121,9 +118,7 @@ def tell(verdict: Verdict) -> str:
         blocks.append(
             "Known failures\n"
             + "\n".join(
-                textwrap.fill(
-                    f"{result.spec}: {note}", WIDTH, initial_indent="  ", subsequent_indent="    "
-                )
+                wrapped(f"{result.spec}: {note}", initial_indent="  ", subsequent_indent="    ")
                 for result in known
                 for note in result.notes
                 if note.startswith("known: ")
@@ -188,14 +183,14 @@ def failure_text(result: Result) -> str:
         facts.append(
             ("also at", shown + (f" and {len(others) - 3} more" if len(others) > 3 else ""))
         )
-    lines = [textwrap.fill(item.claim, WIDTH, initial_indent="    ", subsequent_indent="    ")]
+    lines = [wrapped(item.claim, initial_indent="    ", subsequent_indent="    ")]
     for name, value in facts:
         head = f"{name:>14}  "
         # A command is copied whole.
         lines.append(
             head + value
             if name == "reproduce"
-            else textwrap.fill(value, WIDTH, initial_indent=head, subsequent_indent=" " * 16)
+            else wrapped(value, initial_indent=head, subsequent_indent=" " * 16)
         )
     return "\n".join([f"{mark(result)} {result.spec}", *lines])
 
@@ -213,7 +208,7 @@ def last_word(verdict: Verdict) -> str:
         told.append(f"{len(known)} known to fail: {', '.join(known)}")
     if should:
         told.append(f"{len(should)} SHOULD not met: {', '.join(should)}")
-    return textwrap.fill(f"{verdict.verdict}: {'; '.join(told)}", WIDTH, subsequent_indent="    ")
+    return wrapped(f"{verdict.verdict}: {'; '.join(told)}", subsequent_indent="    ")
 
 
 def _families(items: Iterable[Spec]) -> list[tuple[str, list[Spec]]]:
