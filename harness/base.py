@@ -43,11 +43,7 @@ def load(settings: Mapping[str, Any]) -> Phi3ForCausalLM:
     Raises UsageError on what `phi3.load` refuses, and for a 4-bit base without bitsandbytes.
     """
     attention = settings["attn_implementation"]
-    if attention == "flash_attention_2" and find_spec("flash_attn") is None:
-        raise UsageError(
-            "model.attn_implementation: flash_attention_2 is asked for and its package flash_attn is "
-            "not installed; install it, or say --set model.attn_implementation=sdpa"
-        )
+    phi3.check_attention(attention)
     options = {
         "dtype": settings["dtype"],
         "device": device(settings),

@@ -249,10 +249,15 @@ def _check_settings(dtype: str, attn_implementation: str) -> None:
     ):
         if value not in known:
             raise UsageError(f"{kind} {value!r}: unknown; use one of {', '.join(known)}")
-    if attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
+    check_attention(attn_implementation)
+
+
+def check_attention(name: str) -> None:
+    """Raise UsageError where an attention implementation's package is missing."""
+    if name == "flash_attention_2" and find_spec("flash_attn") is None:
         raise UsageError(
-            "attention implementation flash_attention_2: the package flash_attn is not installed; "
-            "install it on a CUDA machine, or use sdpa"
+            "model.attn_implementation: flash_attention_2 is asked for and its package flash_attn is "
+            "not installed; install it, or say --set model.attn_implementation=sdpa"
         )
 
 

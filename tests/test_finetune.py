@@ -126,6 +126,23 @@ def test_resuming_gives_the_losses_of_a_run_that_was_never_stopped(fit, plain, a
     assert proofs["finetune/base-unchanged"].outcome == "passed"
 
 
+def test_resuming_a_finished_run_trains_no_more(fit, plain, tmp_path):
+    """Four steps of four: the last checkpoint is loaded, and judged as it stands."""
+    from harness.run_folder import RunFolder
+
+    whole, _, one = plain("peft")
+    shutil.copytree(one.folder.path, tmp_path, dirs_exist_ok=True)
+    log = RunFolder(path=tmp_path).log.read_bytes()
+
+    again, proofs, resumed = fit("peft", folder=tmp_path, resume=True)
+
+    assert (again, resumed.steps) == (whole, 4)
+    assert proofs["finetune/optimizer-holds-lora"].outcome == "passed"
+    assert [json.loads(one) for one in log.splitlines()][: len(whole)] == RunFolder(
+        path=tmp_path
+    ).entries()[: len(whole)]
+
+
 @pytest.mark.parametrize("adapter", ["peft", "loralib"])
 @pytest.mark.parametrize(
     "override",

@@ -387,6 +387,18 @@ def test_a_checkpoint_cut_short_is_told(tmp_path):
         checkpoint.check_whole(tmp_path)
 
 
+def test_a_parametrised_weight_is_found_in_its_place():
+    """Where torch's own parametrisation moved it."""
+    injected = {
+        "inner.fc.parametrizations.weight.original": "bits",
+        "inner.fc.lora.weight": "other",
+    }
+
+    assert checkpoint.base_keys({"fc.weight": "bits"}, injected) == {
+        "fc.weight": "inner.fc.parametrizations.weight.original"
+    }
+
+
 @pytest.mark.parametrize(("count", "kept", "held"), [(25, 23, 2), (4, 3, 1), (1, 1, 1)])
 def test_a_single_file_is_parted(count, kept, held, tmp_path):
     """Every tenth conversation is held out and said so; one alone is both, which is said too."""
