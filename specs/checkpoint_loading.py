@@ -259,7 +259,8 @@ def _misfit(trial: Trial, state: dict[str, Any]) -> dict[str, Any]:
     if way == "row":  # a shape that copying would stretch
         return {**state, first: state[first][:1]}
     if way == "turned":  # as many numbers, in another shape
-        return {**state, first: state[first].T.contiguous()}
+        turned = [k for k, t in tensors(state).items() if t.dim() == 2 and t.shape != t.T.shape]
+        return {**state, **{key: state[key].T.contiguous() for key in turned[:1]}} if turned else {}
     if way == "empty":
         return {}
     wider: dict[str, Any] = kept(trial, trial.inject(config=trial.config(r=trial.case.r + 1)))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     why="A server and a comparison of two runs hold several models; what an implementation keeps in a "
     "class or a cache is then the last one's.",
     source=("BUGS 64", "https://github.com/pytorch/torchtune/issues/907"),
-    needs=("forward/sees-factors-now", "forward/scaling"),
+    needs=("forward/sees-factors-now", "forward/scaling", "merge/only-targets-change"),
     cases=(Case(), Case(specimen="stack")),
 )
 def two_models(trial: Trial) -> None:

@@ -293,7 +293,7 @@ class ByPosition(Reference):
 
 @fault(
     sin="Entries are taken one after the other, whatever their names.",
-    killed_by="checkpoint/every-layer",
+    killed_by="checkpoint/complete",
     varies="a checkpoint whose entries come in another order",
 )
 def loads_by_position() -> Adapter:
