@@ -222,7 +222,7 @@ def test_the_adapter_option_leaves_ones_own_tests_alone(faked):
     ("args", "line"),
     [
         (["--spec", "mrege"], "--spec mrege: no spec and no family is called that; did you mean"),
-        (["--tier", "fulll"], "--tier fulll: no such tier; give smoke, core, full"),
+        (["--tier", "whole"], "--tier whole: no such tier; give smoke, core, full"),
         (["--report", "."], "cannot be written (Is a directory)"),
     ],
 )
