@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -61,6 +62,7 @@ def test_the_failure_shown_is_what_is_printed():
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "COLUMNS": "100"},  # README is as wide as text is ever wrapped
     )
 
     assert done.returncode == 1
