@@ -209,6 +209,10 @@ class _Nonsense(_Lost):
     """A side that speaks another language."""
 
 
+class _Silent(_Lost):
+    """A side that ended without a word."""
+
+
 class _Process:
     """A side's process, from the outside."""
 
@@ -262,7 +266,7 @@ class _Process:
             said = self.answer(deadline)
         except _Nonsense:
             raise self._no_side() from None
-        except _Lost:
+        except _Silent:
             if self._process.poll() == 0:  # it ended well and has said nothing
                 raise self._no_side() from None
             raise
@@ -293,7 +297,7 @@ class _Process:
                 raise _Lost(f"{self._name} hangs: no answer when the time was up")
             chunk = os.read(stream.fileno(), 1 << 16)
             if not chunk:
-                raise _Lost(f"{self._name} died{self._how()}")
+                raise _Silent(f"{self._name} died{self._how()}")
             self._pending += chunk
         line, _, self._pending = self._pending.partition(b"\n")
         try:
