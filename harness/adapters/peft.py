@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -172,7 +174,7 @@ def capabilities() -> Capabilities:
         features.add("rslora")
     if "lora_bias" in fields:
         features.add("lora_bias")
-    if '"cat"' in inspect.getsource(lora.LoraModel):
+    if '"cat"' in _source(lora.LoraModel):
         features.add("combine")
     if _merges_four_bits():
         features.add("quantized_base")
@@ -243,4 +245,10 @@ def _factors(layer: Any, name: str) -> Factors:
 
 def _tells_misfits() -> bool:
     """Whether PEFT warns its user of a checkpoint that misses keys: from 0.14."""
-    return "missing adapter keys" in inspect.getsource(peft.PeftModel)
+    return "missing adapter keys" in _source(peft.PeftModel)
+
+
+@cache
+def _source(of: Any) -> str:
+    """The text of the module that something comes from: read, where a class's own is parsed for."""
+    return inspect.getsource(sys.modules[of.__module__])
