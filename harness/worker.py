@@ -60,15 +60,16 @@ def serve(adapter: Adapter, requests: IO[str], answers: IO[str]) -> None:
         request = json.loads(line)
         started = time.monotonic()
         try:
-            answer = _answer(adapter, specs, request)
+            found = answer(adapter, specs, request)
         except UsageError as error:
-            answer = {"usage": str(error)}
-        answer["seconds"] = round(time.monotonic() - started, 4)
-        answers.write(json.dumps(answer) + "\n")
+            found = {"usage": str(error)}
+        found["seconds"] = round(time.monotonic() - started, 4)
+        answers.write(json.dumps(found) + "\n")
         answers.flush()
 
 
-def _answer(adapter: Adapter, specs: dict[str, Spec], request: dict[str, Any]) -> dict[str, Any]:
+def answer(adapter: Adapter, specs: dict[str, Spec], request: dict[str, Any]) -> dict[str, Any]:
+    """What is asked, as JSON holds it: the requests and answers of this module's head."""
     if request["do"] == "describe":
         import torch
 
@@ -138,14 +139,14 @@ def told(
     broken: Broken | NotRun | None, margins: list[Margin], notes: list[str], case: Case
 ) -> dict[str, Any]:
     """What a judgement found, as JSON."""
-    answer: dict[str, Any] = {"case": str(case), "failure": None, "notes": notes}
+    said: dict[str, Any] = {"case": str(case), "failure": None, "notes": notes}
     used = max((m.used for m in margins), default=None)
-    answer["margin"] = used if used is None or used < float("inf") else None
+    said["margin"] = used if used is None or used < float("inf") else None
     if isinstance(broken, NotRun):
-        answer["not_run"] = str(broken)
+        said["not_run"] = str(broken)
     elif broken is not None:
-        answer["failure"] = broken.record(case=str(case), reproduce="").as_dict()
-    return answer
+        said["failure"] = broken.record(case=str(case), reproduce="").as_dict()
+    return said
 
 
 def search(

@@ -27,13 +27,18 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="write kill-matrix.json and kill-matrix.md there"
     )
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="judge also what a fault cannot change (twice the time)",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        judge_part(args.part, args.correct, args.only)
+        judge_part(args.part, args.correct, args.only, whole=args.whole)
         return 0
-    matrix = run(args.correct or ["reference"], only=args.only, jobs=args.jobs)
+    matrix = run(args.correct or ["reference"], only=args.only, jobs=args.jobs, whole=args.whole)
     problems = matrix.problems() if not args.only else []
     if args.output:
         write(matrix, problems, args.output)
@@ -77,7 +82,8 @@ def markdown(matrix: Matrix, problems: list[str]) -> str:
             f"{SPEC_VERSION}; {len(matrix.correct)} correct implementations: "
             f"{', '.join(row.name for row in matrix.correct)}."
         ),
-        "Made by `python -m harness.faults --output reports`.",
+        "Made by `python -m harness.faults --output reports`. A spec that runs nothing of what a fault",
+        "replaces has the reference's own outcome; with `--whole` it is judged all the same.",
         "",
         *(
             [*(f"- red: {p}" for p in problems), ""]

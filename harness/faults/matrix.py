@@ -5,7 +5,8 @@
     fault₂      ✓      ✗      ✓
 
 Red is: a fault that survives, one that the spec named for it lets pass, a spec that no fault needs, a
-correct implementation that fails a MUST. `python -m harness.faults` makes it.
+correct implementation that fails a MUST. `python -m harness.faults` makes it. What a fault cannot change
+(`harness.faults.impact`) is the reference's own answer; `--whole` judges that too.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harness.case import Case
+from harness.faults.impact import Remembering, Traced
 from harness.judge import Judge
 from harness.session import Session
 from harness.spec import catalogue, select
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from harness.adapter import Adapter
+    from harness.faults.impact import Memory
     from harness.judge import Result
 
 KILLS = "failed"
@@ -207,16 +211,6 @@ def dependants(spec: str) -> set[str]:
     return found
 
 
-def judge_one(name: str, adapter: str | Adapter, *, killed_by: str = "") -> Row:
-    """One row: every core spec, in a process of its own."""
-    row = Row(name=name, killed_by=killed_by)
-    with Session(adapter) as session:
-        judge = Judge(session)
-        for item in select((), "core").values():
-            _enter(row, judge.result(item))
-    return row
-
-
 def _enter(row: Row, result: Result) -> None:
     row.outcomes[result.spec] = result.outcome
     by_dtype: dict[str, float] = {}
@@ -238,16 +232,21 @@ def _enter(row: Row, result: Result) -> None:
         row.used[result.spec] = by_dtype
 
 
-def run(correct: Sequence[str], *, only: Iterable[str] = (), jobs: int = 2) -> Matrix:
+def run(
+    correct: Sequence[str], *, only: Iterable[str] = (), jobs: int = 2, whole: bool = False
+) -> Matrix:
     """The matrix of all faults, or of some, and of the correct implementations named.
 
-    Each of `jobs` processes loads the libraries once and forks for each implementation it judges.
+    Each of `jobs` processes loads the libraries once and forks for each implementation it judges. What
+    a fault cannot change is judged again only where the `whole` is asked for.
     """
     import time
 
     started = time.monotonic()
+    flags = [*(f"--correct={name}" for name in correct), *(f"--only={name}" for name in only)]
+    flags += ["--whole"] if whole else []
     parts = [
-        [sys.executable, "-m", "harness.faults", "--part", f"{k}/{jobs}", *_flags(correct, only)]
+        [sys.executable, "-m", "harness.faults", "--part", f"{k}/{jobs}", *flags]
         for k in range(jobs)
     ]
     with ThreadPoolExecutor(jobs) as pool:
@@ -262,58 +261,62 @@ def run(correct: Sequence[str], *, only: Iterable[str] = (), jobs: int = 2) -> M
     )
 
 
-def _flags(correct: Sequence[str], only: Iterable[str]) -> list[str]:
-    return [*(f"--correct={name}" for name in correct), *(f"--only={name}" for name in only)]
-
-
 def _part(command: list[str]) -> list[dict[str, Any]]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def judge_part(part: str, correct: Sequence[str], only: Sequence[str]) -> None:
+def judge_part(part: str, correct: Sequence[str], only: Sequence[str], *, whole: bool) -> None:
     """One process's share of the rows, a line of JSON each on standard output."""
     from harness.faults.record import faults
     from harness.registry import resolve
 
     k, of = map(int, part.split("/"))
-    _warm_up()
-    work: list[tuple[str, Any, str, tuple[str, ...]]] = [
-        (name, resolve, "", ()) for name in correct
+    memory = _warm_up()
+    if whole:
+        memory.clear()
+    rows: list[tuple[Row, Callable[[], Adapter]]] = [
+        (Row(name=name), partial(resolve, name)) for name in correct
     ]
-    work += [
-        (fault.name, fault.make, fault.killed_by, fault.replays)
+    rows += [
+        (Row(name=fault.name, killed_by=fault.killed_by, replays=fault.replays), fault.make)
         for fault in faults().values()
         if not only or fault.name in only
     ]
-    for name, make, killed_by, replays in work[k::of]:
+    for row, make in rows[k::of]:
         before = sum(_cpu_seconds())
-        adapter = make() if killed_by else make(name)
-        row = judge_one(name, adapter, killed_by=killed_by)
-        row.replays = replays
+        adapter = make()
+        _judge(row, Remembering(adapter, memory) if row.killed_by else Session(adapter))
         row.seconds = round(sum(_cpu_seconds()) - before, 2)
         print(json.dumps(asdict(row)), flush=True)
 
 
-def _warm_up() -> None:
-    """Load and compute once here what every copy of this process would load and compute again."""
+def _judge(row: Row, session: Session) -> None:
+    """Enter every core spec, judged in a process of its own."""
+    with session:
+        judge = Judge(session)
+        for item in select((), "core").values():
+            _enter(row, judge.result(item))
+
+
+def _warm_up() -> Memory:
+    """Load and compute once here what every copy of this process would load and compute again.
+
+    Returns what the reference answers, and what each answer takes.
+    """
     import torch
 
     from harness import fresh
-    from harness.adapters import reference
-    from harness.worker import judge, search
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     fresh.share()
-    for item in select((), "core").values():
-        for case in item.cases:
-            judge(reference.adapter(), item, case)
-        if item.search is not None:
-            search(reference.adapter(), item, explore=False)
+    session = Traced()
+    _judge(Row(name="reference"), session)
     # What a copy does not walk through, it need not copy.
     gc.collect()
     gc.freeze()
+    return session.memory
 
 
 def _cpu_seconds() -> tuple[float, float]:
