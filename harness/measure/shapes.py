@@ -12,6 +12,7 @@ the one counted is the last, which the gradients of those before it live through
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from contextlib import contextmanager
@@ -124,15 +125,21 @@ def measure(
     Raises UsageError where the adapter cannot do with shapes alone.
     """
     from harness.measure.fake import fake_tensors
+    from harness.measure.ledger import uncollected
 
     def setting(point: Point) -> tuple[int, str, bool]:
         return point.r, point.dtype, point.checkpointing
 
+    # What was imported stays: to walk through it at each collection is a tenth of a point's time.
+    gc.freeze()
     for (r, dtype, checkpointing), same in itertools.groupby(
         sorted(grid, key=setting), key=setting
     ):
         with fake_tensors(), _on_shapes(adapter):
-            base, adapted = _adapted(adapter, model, r=r, dtype=dtype, checkpointing=checkpointing)
+            with uncollected():
+                base, adapted = _adapted(
+                    adapter, model, r=r, dtype=dtype, checkpointing=checkpointing
+                )
             runs: dict[tuple[int, int], list[Point]] = {}
             for point in same:
                 runs.setdefault((point.batch, point.sequence), []).append(point)
@@ -140,6 +147,7 @@ def measure(
                 one = alike[0]
                 batches = max(1, math.ceil(target / one.tokens)) if target else 1
                 yield from _run(adapter, base, adapted, alike, batches)
+    gc.unfreeze()
 
 
 @contextmanager
