@@ -122,6 +122,10 @@ class NotRun(Exception):  # noqa: N818  # it is an outcome, not an error
     """A judge cannot run here, for a reason that is not the implementation's: what is missing."""
 
 
+class Refused(Exception):  # noqa: N818  # it is an outcome, not an error
+    """The implementation will not do, and says so, what it need not do: the case is vacuous."""
+
+
 def fail(
     kind: Kind,
     *,

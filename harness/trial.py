@@ -9,6 +9,7 @@ and reads factors in the same way.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import re
 import tempfile
@@ -23,7 +24,7 @@ import torch
 
 from harness import memo, oracle, specimen, tolerance
 from harness.adapter import Adapter, Factors, LoraConfig
-from harness.failure import Broken, fail
+from harness.failure import Broken, Refused, fail
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -102,8 +103,15 @@ class Trial:
     ) -> nn.Module:
         """LoRA on a base, seeded, in the unmerged state without dropout where there is one."""
         base = self.base() if base is None else base
+        config = config or self.config()
         seed_all(3_000 + self.case.seed + seed)
-        model = self.adapter.inject(base, config or self.config())
+        try:
+            model = self.adapter.inject(base, config)
+        except Exception as error:
+            # A rank that adds nothing may be refused; what it must not be is cut down in silence.
+            if config.r > (width := self._width(config)):
+                raise Refused(f"r={config.r} above a width of {width} is refused") from error
+            raise
         if not isinstance(model, torch.nn.Module):
             fail(
                 "names",
@@ -112,6 +120,14 @@ class Trial:
             )
         self.unmerged(model)
         return model
+
+    def _width(self, config: LoraConfig) -> float:
+        """The rank above which an update has no more: the narrowest side of what is adapted."""
+        try:
+            adapted: Any = config.targets(specimen.pristine(self.case)).values()
+        except Exception:  # noqa: BLE001  # names that match nothing: the implementation is to tell
+            return math.inf
+        return min(float(min(module.weight.shape[:2])) for module in adapted)
 
     def adapted(self, base: nn.Module | None = None, config: LoraConfig | None = None) -> nn.Module:
         """LoRA on a base with factors that matter: neither A nor B is zero."""

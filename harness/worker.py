@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 from harness import fresh
 from harness.case import LAYER_SPECIMENS, Case
 from harness.errors import UsageError
-from harness.failure import Broken, NotRun, raised
+from harness.failure import Broken, NotRun, Refused, raised
 from harness.measure.memory import heed_gpu_budget
 from harness.spec import Spec, catalogue
 
@@ -112,6 +112,8 @@ def judge(
         item.judge(trial)
     except (Broken, NotRun) as found:
         broken = found
+    except Refused as refused:
+        trial.notes.append(f"vacuous: {refused}")
     except (KeyboardInterrupt, UsageError):
         raise
     except BaseException as error:  # noqa: BLE001  # SystemExit too: whatever it raises is a failure

@@ -75,7 +75,7 @@ def dtype_kept(trial: Trial) -> None:
     ),
     needs=(
         "checkpoint/round-trip-bits",
-        "initialization/base-untouched",
+        "initialization/base-in-place",
         "merge/same-output",
         "merge/restores-base",
     ),

@@ -280,7 +280,7 @@ def _width(dtype: torch.dtype) -> int:
     claim="A checkpoint MUST be as large as its trained numbers, and a header: a view drags nothing along.",
     why="10,000 times smaller is the paper's promise, and torch.save writes the whole storage of a view.",
     source=(f"{PAPER}, section 4.2: 350 GB to 35 MB", "BUGS P-17"),
-    needs=("targeting/exact-coverage",),
+    needs=("targeting/exact-coverage", "checkpoint/only-lora"),
     cases=(Case(specimen="stack", shape=(128, 192)), Case(specimen="bare", shape=WIDE)),
 )
 def checkpoint_size(trial: Trial) -> None:

@@ -116,7 +116,7 @@ def tied_weights(trial: Trial) -> None:
         "https://github.com/vllm-project/vllm/issues/39815",
     ),
     features=("merge",),
-    needs=("merge/same-output", "targeting/shared-module"),
+    needs=("merge/same-output", "merge/restores-base", "targeting/shared-module"),
     cases=(Case(specimen="shared"),),
 )
 def shared_module(trial: Trial) -> None:

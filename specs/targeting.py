@@ -55,10 +55,34 @@ ASKED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "DESIGN: A name means every module whose dotted name equals it or ends in a dot and it",
     ),
     tier="smoke",
-    cases=(Case(), *(Case(specimen="stack", way=way) for way in ASKED if way != "layer")),
+    cases=(Case(), Case(specimen="stack")),
 )
 def exact_coverage(trial: Trial) -> None:
     """Judge the names under which factors are reported."""
+    _meant_alone(trial)
+
+
+@spec(
+    "targeting/dotted-names",
+    claim="A target name with dots, or one within another's, MUST mean the modules whose dotted name is, "
+    "or ends in a dot and, that name.",
+    why="Layer 1 is not layer 11, and one layer is adapted alone by its path.",
+    source=(
+        "BUGS 76, 80, 86",
+        "https://github.com/huggingface/peft/issues/2027",
+        "DESIGN: A name means every module whose dotted name equals it or ends in a dot and it",
+    ),
+    needs=("targeting/exact-coverage",),
+    tier="smoke",
+    cases=tuple(Case(specimen="stack", way=way) for way in ("paths", "tails", "traps")),
+)
+def dotted_names(trial: Trial) -> None:
+    """Judge the names under which factors are reported."""
+    _meant_alone(trial)
+
+
+def _meant_alone(trial: Trial) -> None:
+    """What is adapted is what the names mean."""
     names, meant = ASKED[trial.case.way if trial.case.specimen == "stack" else "layer"]
     model = trial.inject(config=trial.config(target_modules=names))
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NO_OP = "initialization/no-op"
 BASE = "initialization/base-untouched"
+IN_PLACE = "initialization/base-in-place"
 
 
 def _initialized(act: Any) -> Adapter:
@@ -121,7 +122,7 @@ def starts_at_zero_at_rank_one() -> Adapter:
 
 @fault(
     sin="The base's layer is copied.",
-    killed_by=BASE,
+    killed_by=IN_PLACE,
     replays=("28", "45"),
     varies="a base that is held elsewhere",
 )
@@ -136,7 +137,7 @@ def copies_the_base() -> Adapter:
 
 @fault(
     sin="The base's weights are moved into memory of their own.",
-    killed_by=BASE,
+    killed_by=IN_PLACE,
     varies="a view of a base's weight that is held elsewhere",
 )
 def moves_the_base() -> Adapter:

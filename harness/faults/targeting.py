@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from harness.adapter import Adapter
 
 COVERAGE = "targeting/exact-coverage"
+DOTTED = "targeting/dotted-names"
 HEAD = "targeting/all-linear-leaves-the-head"
 TWICE = "targeting/second-injection-is-loud-or-equal"
 
@@ -32,7 +33,11 @@ def _matching(fits: Callable[[str, str], bool]) -> Adapter:
             return Reference.targets(self, model, config)
         config.targets(model)  # loud, as it should be
         names = config.target_modules
-        return {n: m for n, m in model.named_modules() if any(fits(n, name) for name in names)}
+        return {
+            path: module
+            for path, module in model.named_modules(remove_duplicate=False)
+            if not any(module.children()) and any(fits(path, name) for name in names)
+        }
 
     adapter: Adapter = wrong(targets=targets)
     return adapter
@@ -47,6 +52,16 @@ def _matching(fits: Callable[[str, str], bool]) -> Adapter:
 def matches_ends_of_names() -> Adapter:
     """`v_proj` takes `qkv_proj` too, `1.foo` the 11th layer's."""
     return _matching(lambda name, target: name.endswith(target))
+
+
+@fault(
+    sin="Of a name with dots the last part alone is looked at.",
+    killed_by=DOTTED,
+    varies="a name that is a path",
+)
+def matches_last_parts_alone() -> Adapter:
+    """`layers.1.v_proj` takes the `v_proj` of every layer."""
+    return _matching(lambda name, target: name.rpartition(".")[2] == target.rpartition(".")[2])
 
 
 @fault(
@@ -79,7 +94,7 @@ def adapts_the_last_layer_alone() -> Adapter:
 
 @fault(
     sin="Modules in a list within a list are not found.",
-    killed_by=COVERAGE,
+    killed_by=DOTTED,
     varies="nested ModuleLists",
 )
 def skips_nested_lists() -> Adapter:
