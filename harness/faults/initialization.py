@@ -88,6 +88,24 @@ def forgets_the_bases_bias() -> Adapter:
 
 
 @fault(
+    sin="A convolution without a bias is built anew with one, drawn at random.",
+    killed_by=NO_OP,
+    varies="a convolution without a bias",
+)
+def gives_a_convolution_a_bias() -> Adapter:
+    """As PEFT 0.5.0 does; linear layers are right."""
+
+    def act(adapter: Any, model: nn.Module) -> None:
+        for adapted in adapter.layers(model).values():
+            if isinstance(adapted.base, nn.Conv2d) and adapted.base.bias is None:
+                bias = torch.empty(adapted.base.out_channels, dtype=adapted.base.weight.dtype)
+                fill_uniform(bias, 0.1, adapter.generator("bias"))
+                adapted.base.bias = nn.Parameter(bias, requires_grad=False)
+
+    return after_injection(act)
+
+
+@fault(
     sin="A and B both start at zero.",
     killed_by="initialization/not-both-zero",
     replays=("P-3", "101"),
