@@ -53,6 +53,22 @@ def draws_both_factors() -> Adapter:
 
 
 @fault(
+    sin="At rank 1 and at ranks above the width, B is drawn at random too.",
+    killed_by=NO_OP,
+    varies="the rank",
+)
+def draws_both_factors_at_odd_ranks() -> Adapter:
+    """A start of another kind, for the ranks that it is not made for."""
+
+    def act(branch: Branch, generator: torch.Generator) -> None:
+        r, n_in = branch.lora_A.shape
+        if r == 1 or r > min(n_in, len(branch.lora_B)):
+            fill_uniform(branch.lora_B, 0.1, generator)
+
+    return _initialized(act)
+
+
+@fault(
     sin="The norms' epsilon becomes 1e-6.",
     killed_by=NO_OP,
     replays=("121",),
