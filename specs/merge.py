@@ -152,8 +152,10 @@ def weight_equals_oracle(trial: Trial) -> None:
 
 @spec(
     "merge/restores-base",
-    claim="Merging and unmerging MUST give back the base within rounding, and an adapter that acts.",
-    why="Who merges to evaluate and unmerges to train on would train on another base each time.",
+    claim="Merging and unmerging MUST give back the base within rounding, the factors bit for bit, and an "
+    "adapter that acts.",
+    why="Who merges to evaluate and unmerges to train on would train on another base each time, or lose "
+    "what half precision cannot hold of the factors.",
     source=(
         "BUGS 9, 38, 42; P5",
         "https://github.com/huggingface/peft/pull/3166",
@@ -164,7 +166,7 @@ def weight_equals_oracle(trial: Trial) -> None:
     cases=(Case(), *EACH_LAYER, Case(specimen="bare", way="untrained")),
 )
 def restores_base(trial: Trial) -> None:
-    """One cycle, with random factors or with those of a fresh adapter; then look at the base."""
+    """One cycle, with random factors or a fresh adapter's; then look at the factors and the base."""
     base = one_layer.unbiased(trial)
     model = trial.inject(one_layer.unbiased(trial))
     factors = trial.snapshot(model) if trial.case.way == "untrained" else trial.randomize(model)
@@ -172,6 +174,9 @@ def restores_base(trial: Trial) -> None:
     trial.adapter.unmerge(model)  # type: ignore[attr-defined]  # the feature brings it
 
     budget = one_layer.restored(trial, base, factors)
+    for after, before in zip(trial.snapshot(model)["proj"], factors["proj"], strict=True):
+        trial.same_bits(after.A, before.A, "A after unmerging")
+        trial.same_bits(after.B, before.B, "B after unmerging")
     one_layer.silence(trial, model)
     one_layer.check_weight(
         trial,

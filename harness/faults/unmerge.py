@@ -68,6 +68,23 @@ def stays_merged_where_nothing_was_folded() -> Adapter:
     return with_layer(Flagged)
 
 
+class RoundsFactors(Adapted):
+    def unmerge(self) -> None:
+        with torch.no_grad():
+            for factor in self.adapters.parameters() if self.kept else ():
+                factor.copy_(factor.to(self.base.weight.dtype))  # type: ignore[arg-type]
+        super().unmerge()
+
+
+@fault(
+    sin="Factors go through the base's dtype on their way out of a merge.",
+    killed_by=RESTORES,
+    varies="factors held in more bits than the base",
+)
+def unmerging_rounds_the_factors() -> Adapter:
+    return with_layer(RoundsFactors)
+
+
 class Once(Adapted):
     """Keeps the ΔW of its first merge."""
 
