@@ -151,6 +151,57 @@ def weight_equals_oracle(trial: Trial) -> None:
 
 
 @spec(
+    "merge/overflow-on-the-way",
+    # The factors' dtype is the implementation's own, and with it what overflows: no MUST.
+    claim="Where an adapter answers in float16 and W + ΔW fits it, a merge SHOULD give that or raise, though "
+    "B·A or scaling·B alone does not fit.",
+    why="An infinity on the way stays one: the base is destroyed, though the adapter answered well.",
+    source=(
+        "https://github.com/huggingface/peft/pull/1001",
+        "https://github.com/arcee-ai/mergekit/pull/704",
+    ),
+    features=("merge",),
+    needs=("merge/weight-equals-oracle",),
+    cases=(
+        Case(specimen="bare", dtype="float16", alpha=3e-4),
+        Case(specimen="bare", dtype="float16", alpha=12288.0),
+    ),
+)
+def overflow_on_the_way(trial: Trial) -> None:
+    """Large factors under a small scaling, or a small A under a large one; then read the weight."""
+    import torch
+
+    from harness import tolerance
+
+    base = one_layer.unbiased(trial)
+    model = trial.inject(one_layer.unbiased(trial))
+    a, b = (2.0**9, 2.0**9) if trial.case.alpha < 1 else (2.0**-14, 2.0**7)
+    with torch.no_grad():
+        for f in trial.factors(model)["proj"]:
+            for factor, size in ((f.A, a), (f.B, b)):
+                drawn = torch.linspace(0.75, 1.5, factor.numel(), dtype=torch.float64)
+                factor.copy_(size * drawn.view(factor.shape))
+    factors = trial.snapshot(model)
+    delta, magnitude = one_layer.delta(base, factors)
+    W = one_layer.weight_of(base) + delta
+    if not trial.call(model, one_layer.basis(trial)).isfinite().all():
+        trial.notes.append(f"vacuous at {trial.case}: the branch overflows, merged or not")
+        return
+    try:
+        trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
+    except Exception as error:  # noqa: BLE001  # refusing is right
+        trial.notes.append(f"refused: {type(error).__name__}")
+        return
+
+    budget = tolerance.weights(
+        W, magnitude, r=trial.case.r, dtype=trial.dtype, factor_dtype=trial.factor_dtype
+    )
+    one_layer.check_weight(
+        trial, model, base, W=W, budget=budget, what="merged weight", merged=True
+    )
+
+
+@spec(
     "merge/restores-base",
     claim="Merging and unmerging MUST give back the base within rounding, the factors bit for bit, and an "
     "adapter that acts.",
