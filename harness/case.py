@@ -146,6 +146,7 @@ LAYER_OF: dict[str, str] = {
     "dilated": "conv2d",
     "grouped": "grouped_conv2d",
     "fused": "fused_linear",
+    "fused-all": "fused_linear",
     "fused-unequal": "fused_linear",
 }
 """The layer kind a specimen asks an implementation to claim; linear where it is not named."""

@@ -9,8 +9,9 @@ Whole models are Phi-3. The same case gives the same weights and inputs in every
     conv2d          one nn.Conv2d with stride and padding             shape (in, out, kh, kw)
     dilated         the same, with dilation                           shape (in, out, kh, kw)
     grouped         one nn.Conv2d of two groups                       shape (in, out, kh, kw)
-    fused           one fused projection, q, k, v of equal rows       shape (in, rows of a part)
-    fused-unequal   the same, grouped-query: 2u, u, u rows            shape (in, u)
+    fused           one fused projection, k left out, of equal rows   shape (in, rows of a part)
+    fused-all       the same, with all of q, k and v adapted          shape (in, rows of a part)
+    fused-unequal   without k, grouped-query: 2u, u, u rows           shape (in, u)
     stack           12 layers with trap names in nested ModuleLists   shape (width, inner)
     tied            an embedding and a head that share one weight     shape (num, dim)
     shared          one nn.Linear reached under two names             shape (in, out)
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from harness.case import LAYER_OF
 from harness.clone import Mould
 from harness.failure import NotRun
 
@@ -44,6 +46,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "dilated": (3, 4, 3, 3),
     "grouped": (4, 6, 3, 3),
     "fused": (10, 4),
+    "fused-all": (10, 4),
     "fused-unequal": (10, 3),
     "stack": (6, 9),
     "tied": (13, 5),
@@ -156,6 +159,7 @@ def is_linear(case: Case) -> bool:
         "dilated",
         "grouped",
         "fused",
+        "fused-all",
         "fused-unequal",
         "nf4",
     }
@@ -173,13 +177,12 @@ def targets(case: Case) -> tuple[str, ...] | str:
 
 
 def parts(case: Case) -> dict[str, Parts] | None:
-    """For a fused projection, its parts with k left out, so that a gap must be kept."""
-    sizes = shape_of(case)
-    if case.specimen == "fused":
-        return {"proj": ((sizes[1], True), (sizes[1], False), (sizes[1], True))}
-    if case.specimen == "fused-unequal":
-        return {"proj": ((2 * sizes[1], True), (sizes[1], False), (sizes[1], True))}
-    return None
+    """For a fused projection, its parts: with k left out, so that a gap must be kept, or all."""
+    if LAYER_OF.get(case.specimen) != "fused_linear":
+        return None
+    part = shape_of(case)[1]
+    q = 2 * part if case.specimen == "fused-unequal" else part
+    return {"proj": ((q, True), (part, case.specimen == "fused-all"), (part, True))}
 
 
 def reduction(case: Case) -> int:
@@ -258,7 +261,7 @@ def _make(specimen: str, shape: tuple[int, ...]) -> nn.Module:
     if specimen == "nf4":
         return _in_four_bits(nn.Linear(shape[0], shape[1]))
     i, o = shape
-    rows = {"fused": 3 * o, "fused-unequal": 4 * o}.get(specimen, o)
+    rows = {"fused": 3 * o, "fused-all": 3 * o, "fused-unequal": 4 * o}.get(specimen, o)
     return One(nn.Linear(i, rows, bias=specimen != "bare"))
 
 

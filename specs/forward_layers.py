@@ -36,6 +36,7 @@ UNEQUAL = ("fused-unequal", "tiny-gqa")
     cases=(
         Case(specimen="fused"),
         Case(specimen="fused", shape=(12, 4), r=5),
+        Case(specimen="fused-all"),
         Case(specimen="fused-unequal"),
         Case(specimen="tiny-gqa"),
     ),
@@ -228,7 +229,7 @@ def _layer(trial: Trial, x: Any) -> None:
 
 def _parted(trial: Trial, base: nn.Module) -> LoraConfig:
     """The case's configuration; on Phi-3, q and v of `qkv_proj` and the second half of the MLP's."""
-    if trial.case.specimen in ("fused", "fused-unequal"):
+    if trial.case.specimen.startswith("fused"):
         return trial.config()
     c: Any = base.config
     size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads

@@ -96,6 +96,7 @@ def same_output(trial: Trial) -> None:
     needs=("merge/same-output",),
     cases=(
         *EACH_LAYER,
+        Case(specimen="fused-all"),
         Case(specimen="fused-unequal"),
         Case(specimen="bare", way="autocast"),
         Case(specimen="bare", dtype="bfloat16", way="faint"),
@@ -109,13 +110,8 @@ def weight_equals_oracle(trial: Trial) -> None:
     from harness import tolerance
 
     base = one_layer.unbiased(trial)
-    try:
-        model = trial.inject(one_layer.unbiased(trial))
-    except (NotImplementedError, ValueError) as refusal:
-        if trial.case.specimen != "fused-unequal":
-            raise
-        # As in forward/fused-parts: who cuts the rows equally may say so.
-        trial.notes.append(f"parts of unequal size are refused: {refusal}")
+    model = one_layer.adapted(trial)
+    if model is None:
         return
     # Small updates show what is lost of the update, and what autocast takes from W.
     effect = {"faint": 3e-3, "autocast": 3e-2}.get(trial.case.way, 0.5)
@@ -214,12 +210,19 @@ def overflow_on_the_way(trial: Trial) -> None:
     ),
     features=("merge", "unmerge"),
     needs=("merge/same-output", "forward/embedding", "forward/sees-factors-now"),
-    cases=(Case(), *EACH_LAYER, Case(specimen="bare", way="untrained")),
+    cases=(
+        Case(),
+        *EACH_LAYER,
+        Case(specimen="fused-unequal"),
+        Case(specimen="bare", way="untrained"),
+    ),
 )
 def restores_base(trial: Trial) -> None:
     """One cycle, with random factors or a fresh adapter's; then look at the factors and the base."""
     base = one_layer.unbiased(trial)
-    model = trial.inject(one_layer.unbiased(trial))
+    model = one_layer.adapted(trial)
+    if model is None:
+        return
     factors = trial.snapshot(model) if trial.case.way == "untrained" else trial.randomize(model)
     trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
     trial.adapter.unmerge(model)  # type: ignore[attr-defined]  # the feature brings it

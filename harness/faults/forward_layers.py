@@ -81,6 +81,16 @@ def adapts_q_alone() -> Adapter:
     return _rows(lambda rows, _: rows[:1])
 
 
+@fault(
+    sin="Only the first and the last of the wanted parts are adapted.",
+    killed_by=PARTS,
+    varies="three wanted parts",
+)
+def adapts_q_and_v_alone() -> Adapter:
+    """Nothing for k, wanted or not."""
+    return _rows(lambda rows, _: [rows[0], rows[-1]] if len(rows) > 1 else rows)
+
+
 def _placed(move: Any) -> Adapter:
     """A reference that adds to a part's columns what `move(update, rows, width)` pads."""
 

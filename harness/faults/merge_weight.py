@@ -54,6 +54,21 @@ def merges_parts_as_if_they_were_equal() -> Adapter:
     return with_layer(EqualParts)
 
 
+class WithoutK(Adapted):
+    def merge_weight(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
+        k = len(self.branches) == 3 and rows == self.branches[1].rows
+        return weight if k else super().merge_weight(weight, delta, rows)
+
+
+@fault(
+    sin="Of q, k and v the middle one is left out of the merge.",
+    killed_by=WEIGHT,
+    varies="a fused projection of which every part is adapted",
+)
+def merges_q_and_v_alone() -> Adapter:
+    return with_layer(WithoutK)
+
+
 class Truncates(Adapted):
     def merge_weight(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
         total = weight.to(torch.promote_types(weight.dtype, delta.dtype), copy=True)
