@@ -137,13 +137,12 @@ def _impossible(case: Case) -> str:
 SEEDS = 2**32
 """How many seeds there are: NumPy takes no larger one."""
 
-CONVOLUTIONS = frozenset({"conv2d", "dilated", "grouped"})
+CONVOLUTIONS = frozenset({"conv2d", "dilated", "same", "circular", "reflect", "grouped"})
 """The specimens whose shape is that of a kernel."""
 
 LAYER_OF: dict[str, str] = {
     "embedding": "embedding",
-    "conv2d": "conv2d",
-    "dilated": "conv2d",
+    **dict.fromkeys(("conv2d", "dilated", "same", "circular", "reflect"), "conv2d"),
     "grouped": "grouped_conv2d",
     "fused": "fused_linear",
     "fused-all": "fused_linear",

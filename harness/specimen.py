@@ -8,6 +8,9 @@ Whole models are Phi-3. The same case gives the same weights and inputs in every
     embedding       one nn.Embedding with a padding index             shape (num, dim)
     conv2d          one nn.Conv2d with stride and padding             shape (in, out, kh, kw)
     dilated         the same, with dilation                           shape (in, out, kh, kw)
+    same            the same, padded by that name, in steps of one    shape (in, out, kh, kw)
+    circular        the same, padded by what lies across              shape (in, out, kh, kw)
+    reflect         the same, padded by what the edge mirrors         shape (in, out, kh, kw)
     grouped         one nn.Conv2d of two groups                       shape (in, out, kh, kw)
     fused           one fused projection, k left out, of equal rows   shape (in, rows of a part)
     fused-all       the same, with all of q, k and v adapted          shape (in, rows of a part)
@@ -28,7 +31,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from harness.case import LAYER_OF
+from harness.case import CONVOLUTIONS, LAYER_OF
 from harness.clone import Mould
 from harness.failure import NotRun
 
@@ -42,8 +45,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "linear": (11, 7),
     "bare": (11, 7),
     "embedding": (13, 5),
-    "conv2d": (3, 4, 3, 3),
-    "dilated": (3, 4, 3, 3),
+    **dict.fromkeys(("conv2d", "dilated", "same", "circular", "reflect"), (3, 4, 3, 3)),
     "grouped": (4, 6, 3, 3),
     "fused": (10, 4),
     "fused-all": (10, 4),
@@ -53,8 +55,6 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "shared": (11, 7),
     "nf4": (128, 64),
 }
-
-CONVOLUTIONS = frozenset({"conv2d", "dilated", "grouped"})
 
 PHI3_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
@@ -151,18 +151,7 @@ def shape_of(case: Case) -> tuple[int, ...]:
 
 def is_linear(case: Case) -> bool:
     """Whether the base is one linear operation, whose outputs have an elementwise budget."""
-    return case.specimen in {
-        "linear",
-        "bare",
-        "embedding",
-        "conv2d",
-        "dilated",
-        "grouped",
-        "fused",
-        "fused-all",
-        "fused-unequal",
-        "nf4",
-    }
+    return case.specimen in {*LAYER_OF, "linear", "bare", "nf4"}
 
 
 def targets(case: Case) -> tuple[str, ...] | str:
@@ -245,12 +234,15 @@ def _make(specimen: str, shape: tuple[int, ...]) -> nn.Module:
         return {"stack": Stack, "tied": Tied, "shared": Shared}[specimen](*shape)
     if specimen in CONVOLUTIONS:
         i, o, kh, kw = shape
-        groups = 2 if specimen == "grouped" else 1
-        dilation = (1, 2) if specimen == "dilated" else 1
-        conv = nn.Conv2d(
-            i, o, (kh, kw), stride=(2, 1), padding=(1, 2), dilation=dilation, groups=groups
-        )
-        return One(conv)
+        own: dict[str, dict[str, Any]] = {
+            "dilated": {"dilation": (1, 2)},
+            "same": {"stride": 1, "padding": "same"},
+            "circular": {"padding_mode": "circular"},
+            "reflect": {"padding_mode": "reflect"},
+            "grouped": {"groups": 2},
+        }
+        given = {"stride": (2, 1), "padding": (1, 2), **own.get(specimen, {})}
+        return One(nn.Conv2d(i, o, (kh, kw), **given))
     if specimen == "embedding":
         num, dim = shape
         layer = nn.Embedding(num, dim, padding_idx=1)
