@@ -18,6 +18,8 @@ Whole models are Phi-3. The same case gives the same weights and inputs in every
     stack           12 layers with trap names in nested ModuleLists   shape (width, inner)
     tied            an embedding and a head that share one weight     shape (num, dim)
     shared          one nn.Linear reached under two names             shape (in, out)
+    headless        layers called like an output head, and no head    shape (in, out)
+    headed          the same, with a head of another name             shape (in, out)
     nf4             one bitsandbytes Linear4bit, blocks of 64         shape (in, out)
     tiny, tiny-gqa  Phi-3, and any other model by name: harness.phi3
 """
@@ -34,6 +36,7 @@ from torch.nn import functional
 from harness.case import CONVOLUTIONS, LAYER_OF
 from harness.clone import Mould
 from harness.failure import NotRun
+from harness.specimen_models import MODELS, One
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,95 +56,12 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "stack": (6, 9),
     "tied": (13, 5),
     "shared": (11, 7),
+    "headless": (11, 7),
+    "headed": (11, 7),
     "nf4": (128, 64),
 }
 
 PHI3_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-
-
-class One(nn.Module):
-    """A model of one layer, `proj`: its outputs are the layer's."""
-
-    def __init__(self, proj: nn.Module) -> None:
-        super().__init__()
-        self.proj = proj
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        y: Tensor = self.proj(x)
-        return y
-
-
-class Block(nn.Module):
-    """One layer of `Stack`: names that end alike, contain each other, or hold `weight` and `lora_`."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.v_proj = nn.Linear(width, inner)
-        self.qkv_proj = nn.Linear(width, inner)
-        self.foo = nn.Linear(inner, width)
-        self.foobar = nn.Linear(inner, width)
-        self.weight_proj = nn.Linear(inner, width, bias=False)
-        self.lora_gate = nn.Linear(width, inner, bias=False)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        h = self.norm(x)
-        inner = torch.tanh(self.v_proj(h) + self.qkv_proj(h)) * torch.sigmoid(self.lora_gate(h))
-        y: Tensor = x + self.foo(inner) + self.foobar(inner) + self.weight_proj(inner)
-        return y
-
-
-class Stack(nn.Module):
-    """Twelve `Block`s in nested ModuleLists, `groups.1.4` after `groups.0.5`, and a head."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block(width, inner) for _ in range(12))
-        self.groups = nn.ModuleList(nn.ModuleList([nn.Linear(width, width + 1)]) for _ in range(2))
-        self.lm_head = nn.Linear(width, inner + 2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        for layer in self.layers:
-            x = layer(x)
-        for group in self.groups:
-            for proj in group:  # type: ignore[attr-defined]  # a ModuleList iterates
-                x = x + proj(x)[..., 1:]
-        y: Tensor = self.lm_head(x)
-        return y
-
-
-class Tied(nn.Module):
-    """An embedding and an output head that share one weight, as in Phi-3-small."""
-
-    def __init__(self, num: int, dim: int) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(num, dim)
-        self.mix = nn.Linear(dim, dim + 2)
-        self.back = nn.Linear(dim + 2, dim)
-        self.lm_head = nn.Linear(dim, num, bias=False)
-        self.lm_head.weight = self.embed_tokens.weight
-
-    def get_output_embeddings(self) -> nn.Module:  # noqa: D102
-        return self.lm_head
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        h = self.embed_tokens(x)
-        y: Tensor = self.lm_head(h + self.back(torch.tanh(self.mix(h))))
-        return y
-
-
-class Shared(nn.Module):
-    """One nn.Linear reached under two names, `first` and `second`."""
-
-    def __init__(self, i: int, o: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(i, o)
-        self.back = nn.Linear(o, i)
-        self.second = self.first
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        y: Tensor = self.second(torch.tanh(self.back(self.first(x))))
-        return y
 
 
 def shape_of(case: Case) -> tuple[int, ...]:
@@ -162,6 +82,8 @@ def targets(case: Case) -> tuple[str, ...] | str:
         return ("lm_head",)
     if case.specimen == "shared":
         return ("first",)
+    if case.specimen in {"headless", "headed"}:
+        return ("head_proj",)
     return ("proj",) if case.specimen in SHAPES else PHI3_TARGETS
 
 
@@ -230,8 +152,8 @@ def _pristine(
 
 
 def _make(specimen: str, shape: tuple[int, ...]) -> nn.Module:
-    if specimen in {"stack", "tied", "shared"}:
-        return {"stack": Stack, "tied": Tied, "shared": Shared}[specimen](*shape)
+    if specimen in MODELS:
+        return MODELS[specimen](*shape)
     if specimen in CONVOLUTIONS:
         i, o, kh, kw = shape
         own: dict[str, dict[str, Any]] = {
