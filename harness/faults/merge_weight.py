@@ -22,14 +22,14 @@ OVERFLOW = "merge/overflow-on-the-way"
 
 class MergesNothing(Reference):
     def merge(self, model: nn.Module) -> None:
-        """Outputs stay right: the branch goes on."""
+        """Outputs stay right, but where the branch drops out: it goes on."""
 
 
 @fault(
     sin="Merging is dead code: nothing is folded, and the branch goes on acting.",
-    killed_by="cost/merged-costs-what-the-base-costs",
+    killed_by="merge/same-output",
     replays=("2",),
-    varies="the operations of a merged call",
+    varies="a merged call in train mode with dropout",
 )
 def merge_is_dead_code() -> Adapter:
     return MergesNothing()
