@@ -137,18 +137,20 @@ def _impossible(case: Case) -> str:
 SEEDS = 2**32
 """How many seeds there are: NumPy takes no larger one."""
 
-CONVOLUTIONS = frozenset({"conv2d", "dilated", "grouped"})
+CONVOLUTIONS = frozenset({"conv2d", "dilated", "same", "circular", "reflect", "grouped"})
 """The specimens whose shape is that of a kernel."""
 
 LAYER_OF: dict[str, str] = {
     "embedding": "embedding",
-    "conv2d": "conv2d",
-    "dilated": "conv2d",
+    **dict.fromkeys(("conv2d", "dilated", "same", "circular", "reflect"), "conv2d"),
     "grouped": "grouped_conv2d",
     "fused": "fused_linear",
+    "fused-all": "fused_linear",
     "fused-unequal": "fused_linear",
 }
 """The layer kind a specimen asks an implementation to claim; linear where it is not named."""
 
-LAYER_SPECIMENS = frozenset({*LAYER_OF, "linear", "bare", "stack", "tied", "shared", "nf4"})
+LAYER_SPECIMENS = frozenset(
+    {*LAYER_OF, "linear", "bare", "stack", "tied", "shared", "headless", "headed", "nf4"}
+)
 """The specimens made for the specs; any other name is a model's."""

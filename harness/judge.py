@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,10 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from harness.case import LAYER_OF, LAYER_SPECIMENS, Case
 from harness.errors import UsageError
 from harness.failure import Failure
+from harness.reach import kind_of, reach
 from harness.session import Lost
 from harness.spec import Spec, catalogue
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from harness.known import Known
     from harness.session import Session
 
@@ -134,6 +136,7 @@ class Judge:
         self.claims: dict[str, list[str]] = described["capabilities"]
         self.known: list[Known] = []
         self.results: dict[str, Result] = {}
+        self._doubts: dict[str, dict[str, set[str]]] = {}
 
     def result(self, item: Spec) -> Result:
         """What becomes of a spec; judged the first time, with what it needs."""
@@ -155,24 +158,32 @@ class Judge:
             return result
         # Asked for one case, that is what is judged: what it needs was judged at cases of its own.
         needs = () if self._points.only is not None else item.needs
-        blockers = [need for need in needs if self._blocks(need)]
-        if blockers:
-            result.outcome = "blocked"
-            result.notes = [f"needs {', '.join(blockers)}"]
-            return result
-        started = time.monotonic()
-        self._ask_all(item, cases, result)
-        result.seconds = round(time.monotonic() - started, 3)
-        self._settle(item, cases, result)
+        doubts = self._doubts[item.id] = self._in_doubt(needs)
+        sound = [case for case in cases if kind_of(case) not in doubts]
+        causes = {cause for case in cases for cause in doubts.get(kind_of(case), ())}
+        if sound:
+            started = time.monotonic()
+            self._ask_all(item, sound, result)
+            result.seconds = round(time.monotonic() - started, 3)
+            self._settle(item, cases, result, whole=not causes)
+        if causes:
+            result.notes.append(f"needs {', '.join(id_ for id_ in self.results if id_ in causes)}")
+            if result.outcome in {"passed", "known"}:
+                result.outcome = "blocked"
         return result
 
-    def _blocks(self, need: str) -> bool:
-        """A need that failed blocks; one that is not claimed or known to fail does not."""
-        return self.result(catalogue()[need]).outcome in {"failed", "blocked", "not_run"}
+    def _in_doubt(self, needs: Iterable[str]) -> dict[str, set[str]]:
+        """The kinds of layers at which a need, or what it needs, does not hold, and which specs say so."""
+        found: dict[str, set[str]] = {}
+        for need in needs:
+            for kind in reach(self.result(catalogue()[need])):
+                found.setdefault(kind, set()).add(need)
+            for kind, causes in self._doubts.get(need, {}).items():
+                found.setdefault(kind, set()).update(causes)
+        return found
 
     def _claimed(self, case: Case) -> bool:
-        layer = LAYER_OF.get(case.specimen, "linear")
-        return layer in self.claims["layers"] and case.dtype in self.claims["dtypes"]
+        return kind_of(case) in self.claims["layers"] and case.dtype in self.claims["dtypes"]
 
     def _ask_all(self, item: Spec, cases: list[Case], result: Result) -> None:
         deadline = time.monotonic() + self._limit
@@ -242,8 +253,8 @@ class Judge:
             reproduce=self._reproduce(item, str(case)),
         )
 
-    def _settle(self, item: Spec, cases: list[Case], result: Result) -> None:
-        """The outcome, with what is known taken into account."""
+    def _settle(self, item: Spec, cases: list[Case], result: Result, *, whole: bool) -> None:
+        """The outcome, with what is known taken into account; not of the `whole`, no entry is untrue."""
         entries = [entry for entry in self.known if entry.spec == item.id]
         open_ones, used = [], set()
         for failure in result.failures:
@@ -257,9 +268,9 @@ class Judge:
             result.outcome = "failed" if open_ones else "known"
             result.notes += [f"known: {e.reason} ({e.url})" for e in entries if id(e) in used]
         lost = any(failure.kind in {"hang", "crash"} for failure in result.failures)
-        complete = self._points.own and result.outcome != "not_run"
+        complete = whole and self._points.own and result.outcome != "not_run"
         for entry in entries:
-            untrue = _untrue(entry, cases, used=lost or id(entry) in used) if complete else ""
+            untrue = entry.untrue(cases, used=lost or id(entry) in used) if complete else ""
             if untrue:
                 result.outcome = "failed"
                 result.failures.append(
@@ -299,7 +310,7 @@ class Judge:
             group = _group(name)
             if name in self.claims[group] or any(m not in self.methods for m in methods):
                 continue
-            if spec_id not in catalogue() or self._blocks(spec_id):
+            if spec_id not in catalogue() or self._in_doubt([spec_id]):
                 continue
             answer = self._session.ask(
                 {"do": "judge", "spec": spec_id, "case": str(case)}, limit=self._limit
@@ -307,15 +318,6 @@ class Judge:
             if not isinstance(answer, Lost) and not answer["failure"] and "not_run" not in answer:
                 told.append(name)
         return told
-
-
-def _untrue(entry: Known, cases: list[Case], *, used: bool) -> str:
-    """Why an entry of the known list is no longer true; empty where it is."""
-    if entry.expires < dt.datetime.now(tz=dt.UTC).date():
-        return f"expired on {entry.expires}: look whether it still has to be there"
-    if not any(entry.covers(entry.spec, case) for case in cases):
-        return "matches no case: mend its selector or remove it"
-    return "" if used else "no longer fails: remove it"
 
 
 def _group(name: str) -> str:

@@ -26,6 +26,8 @@ from harness.failure import KINDS
 from harness.spec import catalogue
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from packaging.specifiers import SpecifierSet
 
     from harness.case import Case
@@ -52,9 +54,13 @@ class Known:
         """Whether this failure is the one that is known."""
         return self.spec == spec and self.kind == failure.kind and case.matches(self.case)
 
-    def covers(self, spec: str, case: Case) -> bool:
-        """Whether the case is one at which the failure is expected."""
-        return self.spec == spec and case.matches(self.case)
+    def untrue(self, cases: Iterable[Case], *, used: bool) -> str:
+        """Why the entry is no longer true of its spec's cases; empty where it is."""
+        if self.expires < dt.datetime.now(tz=dt.UTC).date():
+            return f"expired on {self.expires}: look whether it still has to be there"
+        if not any(case.matches(self.case) for case in cases):
+            return "matches no case: mend its selector or remove it"
+        return "" if used else "no longer fails: remove it"
 
 
 def load(path: Path) -> list[Known]:

@@ -27,6 +27,20 @@ def unbiased(trial: Trial) -> nn.Module:
     return base
 
 
+def adapted(trial: Trial) -> nn.Module | None:
+    """That base with a fresh adapter; None, and noted, where parts of unequal size are refused.
+
+    As in forward/fused-parts: who cuts the rows equally may say so.
+    """
+    try:
+        return trial.inject(unbiased(trial))
+    except (NotImplementedError, ValueError) as refusal:
+        if trial.case.specimen != "fused-unequal":
+            raise
+        trial.notes.append(f"parts of unequal size are refused: {refusal}")
+        return None
+
+
 def weight_of(base: nn.Module) -> Tensor:
     """W of the one layer, float64."""
     proj: Any = base.proj

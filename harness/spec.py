@@ -55,7 +55,7 @@ class Spec:
         why: what goes wrong for a user where it does not hold.
         source: paper, guide, or a real bug by its number and thread.
         since: the spec version that brought it; `provisional` until a release.
-        needs: ids of specs without which judging this one says nothing new.
+        needs: ids of specs without which judging this one says nothing new, see `harness.reach`.
         features: what must be claimed for it to be asked, features and layer kinds.
         tier: smoke (a second for all), core, or full.
         cases: the points at which it is judged.

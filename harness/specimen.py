@@ -8,12 +8,18 @@ Whole models are Phi-3. The same case gives the same weights and inputs in every
     embedding       one nn.Embedding with a padding index             shape (num, dim)
     conv2d          one nn.Conv2d with stride and padding             shape (in, out, kh, kw)
     dilated         the same, with dilation                           shape (in, out, kh, kw)
+    same            the same, padded by that name, in steps of one    shape (in, out, kh, kw)
+    circular        the same, padded by what lies across              shape (in, out, kh, kw)
+    reflect         the same, padded by what the edge mirrors         shape (in, out, kh, kw)
     grouped         one nn.Conv2d of two groups                       shape (in, out, kh, kw)
-    fused           one fused projection, q, k, v of equal rows       shape (in, rows of a part)
-    fused-unequal   the same, grouped-query: 2u, u, u rows            shape (in, u)
+    fused           one fused projection, k left out, of equal rows   shape (in, rows of a part)
+    fused-all       the same, with all of q, k and v adapted          shape (in, rows of a part)
+    fused-unequal   without k, grouped-query: 2u, u, u rows           shape (in, u)
     stack           12 layers with trap names in nested ModuleLists   shape (width, inner)
     tied            an embedding and a head that share one weight     shape (num, dim)
     shared          one nn.Linear reached under two names             shape (in, out)
+    headless        layers called like an output head, and no head    shape (in, out)
+    headed          the same, with a head of another name             shape (in, out)
     nf4             one bitsandbytes Linear4bit, blocks of 64         shape (in, out)
     tiny, tiny-gqa  Phi-3, and any other model by name: harness.phi3
 """
@@ -27,8 +33,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from harness.case import CONVOLUTIONS, LAYER_OF
 from harness.clone import Mould
 from harness.failure import NotRun
+from harness.specimen_models import MODELS, One
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,105 +48,20 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "linear": (11, 7),
     "bare": (11, 7),
     "embedding": (13, 5),
-    "conv2d": (3, 4, 3, 3),
-    "dilated": (3, 4, 3, 3),
+    **dict.fromkeys(("conv2d", "dilated", "same", "circular", "reflect"), (3, 4, 3, 3)),
     "grouped": (4, 6, 3, 3),
     "fused": (10, 4),
+    "fused-all": (10, 4),
     "fused-unequal": (10, 3),
     "stack": (6, 9),
     "tied": (13, 5),
     "shared": (11, 7),
+    "headless": (11, 7),
+    "headed": (11, 7),
     "nf4": (128, 64),
 }
 
-CONVOLUTIONS = frozenset({"conv2d", "dilated", "grouped"})
-
 PHI3_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-
-
-class One(nn.Module):
-    """A model of one layer, `proj`: its outputs are the layer's."""
-
-    def __init__(self, proj: nn.Module) -> None:
-        super().__init__()
-        self.proj = proj
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        y: Tensor = self.proj(x)
-        return y
-
-
-class Block(nn.Module):
-    """One layer of `Stack`: names that end alike, contain each other, or hold `weight` and `lora_`."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.v_proj = nn.Linear(width, inner)
-        self.qkv_proj = nn.Linear(width, inner)
-        self.foo = nn.Linear(inner, width)
-        self.foobar = nn.Linear(inner, width)
-        self.weight_proj = nn.Linear(inner, width, bias=False)
-        self.lora_gate = nn.Linear(width, inner, bias=False)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        h = self.norm(x)
-        inner = torch.tanh(self.v_proj(h) + self.qkv_proj(h)) * torch.sigmoid(self.lora_gate(h))
-        y: Tensor = x + self.foo(inner) + self.foobar(inner) + self.weight_proj(inner)
-        return y
-
-
-class Stack(nn.Module):
-    """Twelve `Block`s in nested ModuleLists, `groups.1.4` after `groups.0.5`, and a head."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block(width, inner) for _ in range(12))
-        self.groups = nn.ModuleList(nn.ModuleList([nn.Linear(width, width + 1)]) for _ in range(2))
-        self.lm_head = nn.Linear(width, inner + 2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        for layer in self.layers:
-            x = layer(x)
-        for group in self.groups:
-            for proj in group:  # type: ignore[attr-defined]  # a ModuleList iterates
-                x = x + proj(x)[..., 1:]
-        y: Tensor = self.lm_head(x)
-        return y
-
-
-class Tied(nn.Module):
-    """An embedding and an output head that share one weight, as in Phi-3-small."""
-
-    def __init__(self, num: int, dim: int) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(num, dim)
-        self.mix = nn.Linear(dim, dim + 2)
-        self.back = nn.Linear(dim + 2, dim)
-        self.lm_head = nn.Linear(dim, num, bias=False)
-        self.lm_head.weight = self.embed_tokens.weight
-
-    def get_output_embeddings(self) -> nn.Module:  # noqa: D102
-        return self.lm_head
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        h = self.embed_tokens(x)
-        y: Tensor = self.lm_head(h + self.back(torch.tanh(self.mix(h))))
-        return y
-
-
-class Shared(nn.Module):
-    """One nn.Linear reached under two names, `first` and `second`."""
-
-    def __init__(self, i: int, o: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(i, o)
-        self.back = nn.Linear(o, i)
-        self.second = self.first
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        y: Tensor = self.second(torch.tanh(self.back(self.first(x))))
-        return y
 
 
 def shape_of(case: Case) -> tuple[int, ...]:
@@ -148,17 +71,7 @@ def shape_of(case: Case) -> tuple[int, ...]:
 
 def is_linear(case: Case) -> bool:
     """Whether the base is one linear operation, whose outputs have an elementwise budget."""
-    return case.specimen in {
-        "linear",
-        "bare",
-        "embedding",
-        "conv2d",
-        "dilated",
-        "grouped",
-        "fused",
-        "fused-unequal",
-        "nf4",
-    }
+    return case.specimen in {*LAYER_OF, "linear", "bare", "nf4"}
 
 
 def targets(case: Case) -> tuple[str, ...] | str:
@@ -169,17 +82,18 @@ def targets(case: Case) -> tuple[str, ...] | str:
         return ("lm_head",)
     if case.specimen == "shared":
         return ("first",)
+    if case.specimen in {"headless", "headed"}:
+        return ("head_proj",)
     return ("proj",) if case.specimen in SHAPES else PHI3_TARGETS
 
 
 def parts(case: Case) -> dict[str, Parts] | None:
-    """For a fused projection, its parts with k left out, so that a gap must be kept."""
-    sizes = shape_of(case)
-    if case.specimen == "fused":
-        return {"proj": ((sizes[1], True), (sizes[1], False), (sizes[1], True))}
-    if case.specimen == "fused-unequal":
-        return {"proj": ((2 * sizes[1], True), (sizes[1], False), (sizes[1], True))}
-    return None
+    """For a fused projection, its parts: with k left out, so that a gap must be kept, or all."""
+    if LAYER_OF.get(case.specimen) != "fused_linear":
+        return None
+    part = shape_of(case)[1]
+    q = 2 * part if case.specimen == "fused-unequal" else part
+    return {"proj": ((q, True), (part, case.specimen == "fused-all"), (part, True))}
 
 
 def reduction(case: Case) -> int:
@@ -238,16 +152,19 @@ def _pristine(
 
 
 def _make(specimen: str, shape: tuple[int, ...]) -> nn.Module:
-    if specimen in {"stack", "tied", "shared"}:
-        return {"stack": Stack, "tied": Tied, "shared": Shared}[specimen](*shape)
+    if specimen in MODELS:
+        return MODELS[specimen](*shape)
     if specimen in CONVOLUTIONS:
         i, o, kh, kw = shape
-        groups = 2 if specimen == "grouped" else 1
-        dilation = (1, 2) if specimen == "dilated" else 1
-        conv = nn.Conv2d(
-            i, o, (kh, kw), stride=(2, 1), padding=(1, 2), dilation=dilation, groups=groups
-        )
-        return One(conv)
+        own: dict[str, dict[str, Any]] = {
+            "dilated": {"dilation": (1, 2)},
+            "same": {"stride": 1, "padding": "same"},
+            "circular": {"padding_mode": "circular"},
+            "reflect": {"padding_mode": "reflect"},
+            "grouped": {"groups": 2},
+        }
+        given = {"stride": (2, 1), "padding": (1, 2), **own.get(specimen, {})}
+        return One(nn.Conv2d(i, o, (kh, kw), **given))
     if specimen == "embedding":
         num, dim = shape
         layer = nn.Embedding(num, dim, padding_idx=1)
@@ -258,7 +175,7 @@ def _make(specimen: str, shape: tuple[int, ...]) -> nn.Module:
     if specimen == "nf4":
         return _in_four_bits(nn.Linear(shape[0], shape[1]))
     i, o = shape
-    rows = {"fused": 3 * o, "fused-unequal": 4 * o}.get(specimen, o)
+    rows = {"fused": 3 * o, "fused-all": 3 * o, "fused-unequal": 4 * o}.get(specimen, o)
     return One(nn.Linear(i, rows, bias=specimen != "bare"))
 
 

@@ -133,7 +133,7 @@ def tell(verdict: Verdict) -> str:
         for result in verdict.results
         if result.outcome == "blocked"
         for note in result.notes
-        if not judged & set(note.removeprefix("needs ").split(", "))
+        if note.startswith("needs ") and not judged & set(note.removeprefix("needs ").split(", "))
     ]
     if elsewhere:
         blocks.append("Blocked\n" + "\n".join(elsewhere))

@@ -5,8 +5,9 @@
                  else, some failures are known ─────────────────────── CONFORMS BUT FOR KNOWN FAILURES
                  else ──────────────────────────────────────────────── CONFORMS
 
-A spec whose need failed is blocked: one cause, one line. This process loads neither torch nor the
-implementation; `harness.session` keeps those in a process of their own.
+A spec whose need failed is blocked, at the kinds of layers that the failure reaches: one cause, one
+line. This process loads neither torch nor the implementation; `harness.session` keeps those in a
+process of their own.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ UNEQUAL = ("fused-unequal", "tiny-gqa")
     cases=(
         Case(specimen="fused"),
         Case(specimen="fused", shape=(12, 4), r=5),
+        Case(specimen="fused-all"),
         Case(specimen="fused-unequal"),
         Case(specimen="tiny-gqa"),
     ),
@@ -114,6 +115,7 @@ def embedding(trial: Trial) -> None:
         Case(specimen="conv2d", shape=(3, 4, 3, 2)),
         Case(specimen="conv2d", r=15),
         Case(specimen="dilated"),
+        Case(specimen="same"),
         Case(specimen="grouped"),
         *(Case(specimen="conv2d", dtype=d) for d in ("bfloat16", "float64")),
     ),
@@ -121,6 +123,36 @@ def embedding(trial: Trial) -> None:
 def conv2d(trial: Trial) -> None:
     """Judge a convolution that is square in nothing."""
     _layer(trial, trial.inputs())
+
+
+@spec(
+    "forward/conv2d-edges",
+    claim="An adapted convolution MUST pad as its base does where that is not with zeros, and take an image "
+    "without a batch, or raise.",
+    why="Zeros where the base goes round or mirrors put a seam into every image, and merged the adapter is "
+    "another.",
+    source=(
+        "DESIGN: the update of one weight; called like the base",
+        "https://github.com/huggingface/peft/issues/3697",
+        "https://github.com/huggingface/diffusers/issues/5957",
+    ),
+    needs=("forward/conv2d",),
+    cases=(
+        Case(specimen="circular"),
+        Case(specimen="reflect"),
+        Case(specimen="conv2d", way="unbatched"),
+    ),
+)
+def conv2d_edges(trial: Trial) -> None:
+    """Judge the modes of padding, and one image; a refusal is as good."""
+    x = trial.inputs()
+    given = x[0] if trial.case.way == "unbatched" else x
+    try:
+        trial.call(trial.inject(), given)
+    except Exception as refusal:  # noqa: BLE001  # nothing is wrong in silence
+        trial.notes.append(f"refused at {trial.case}: {type(refusal).__name__}")
+        return
+    _layer(trial, given)
 
 
 @spec(
@@ -228,7 +260,7 @@ def _layer(trial: Trial, x: Any) -> None:
 
 def _parted(trial: Trial, base: nn.Module) -> LoraConfig:
     """The case's configuration; on Phi-3, q and v of `qkv_proj` and the second half of the MLP's."""
-    if trial.case.specimen in ("fused", "fused-unequal"):
+    if trial.case.specimen.startswith("fused"):
         return trial.config()
     c: Any = base.config
     size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads

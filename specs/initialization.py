@@ -108,6 +108,7 @@ def base_in_place(trial: Trial) -> None:
         *(Case(specimen=name) for name in LAYERS),
         *(Case(specimen=name, way="unbiased") for name in ("conv2d", "grouped", "fused", "stack")),
         *(Case(specimen=name, dtype=dtype) for dtype in DTYPES for name in ("linear", "bare")),
+        *(Case(specimen="bare", r=r) for r in (1, 13)),  # 13 is more than the layer is wide
     ),
 )
 def no_op(trial: Trial) -> None:

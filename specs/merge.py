@@ -47,7 +47,7 @@ def _or_raises(act: Callable[[], object]) -> None:
     why="A merged model is what gets deployed: a wrong merge serves another model than was trained.",
     source=(
         PAPER,
-        "BUGS 3, 5, 7, 11, 19, 21, 22, 25, 26, 31, 32",
+        "BUGS 2, 3, 5, 7, 11, 19, 21, 22, 25, 26, 31, 32",
         "https://github.com/microsoft/LoRA/pull/107",
     ),
     features=("merge",),
@@ -78,6 +78,8 @@ def same_output(trial: Trial) -> None:
         model.train()
     trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
     if trial.case.way == "in-train" and not getattr(trial.adapter, "eval_merges", False):
+        # What is folded has no branch to drop out of; a merge that did nothing still has.
+        trial.close(trial.call(model, given), truth, budget, "merged output in train mode")
         model.eval()
 
     trial.close(trial.call(model, given), truth, budget, "merged output")
@@ -96,6 +98,7 @@ def same_output(trial: Trial) -> None:
     needs=("merge/same-output",),
     cases=(
         *EACH_LAYER,
+        Case(specimen="fused-all"),
         Case(specimen="fused-unequal"),
         Case(specimen="bare", way="autocast"),
         Case(specimen="bare", dtype="bfloat16", way="faint"),
@@ -109,13 +112,8 @@ def weight_equals_oracle(trial: Trial) -> None:
     from harness import tolerance
 
     base = one_layer.unbiased(trial)
-    try:
-        model = trial.inject(one_layer.unbiased(trial))
-    except (NotImplementedError, ValueError) as refusal:
-        if trial.case.specimen != "fused-unequal":
-            raise
-        # As in forward/fused-parts: who cuts the rows equally may say so.
-        trial.notes.append(f"parts of unequal size are refused: {refusal}")
+    model = one_layer.adapted(trial)
+    if model is None:
         return
     # Small updates show what is lost of the update, and what autocast takes from W.
     effect = {"faint": 3e-3, "autocast": 3e-2}.get(trial.case.way, 0.5)
@@ -151,9 +149,62 @@ def weight_equals_oracle(trial: Trial) -> None:
 
 
 @spec(
+    "merge/overflow-on-the-way",
+    # The factors' dtype is the implementation's own, and with it what overflows: no MUST.
+    claim="Where an adapter answers in float16 and W + ΔW fits it, a merge SHOULD give that or raise, though "
+    "B·A or scaling·B alone does not fit.",
+    why="An infinity on the way stays one: the base is destroyed, though the adapter answered well.",
+    source=(
+        "https://github.com/huggingface/peft/pull/1001",
+        "https://github.com/arcee-ai/mergekit/pull/704",
+    ),
+    features=("merge",),
+    needs=("merge/weight-equals-oracle",),
+    cases=(
+        Case(specimen="bare", dtype="float16", alpha=3e-4),
+        Case(specimen="bare", dtype="float16", alpha=12288.0),
+    ),
+)
+def overflow_on_the_way(trial: Trial) -> None:
+    """Large factors under a small scaling, or a small A under a large one; then read the weight."""
+    import torch
+
+    from harness import tolerance
+
+    base = one_layer.unbiased(trial)
+    model = trial.inject(one_layer.unbiased(trial))
+    a, b = (2.0**9, 2.0**9) if trial.case.alpha < 1 else (2.0**-14, 2.0**7)
+    with torch.no_grad():
+        for f in trial.factors(model)["proj"]:
+            for factor, size in ((f.A, a), (f.B, b)):
+                drawn = torch.linspace(0.75, 1.5, factor.numel(), dtype=torch.float64)
+                factor.copy_(size * drawn.view(factor.shape))
+    factors = trial.snapshot(model)
+    delta, magnitude = one_layer.delta(base, factors)
+    W = one_layer.weight_of(base) + delta
+    if not trial.call(model, one_layer.basis(trial)).isfinite().all():
+        trial.notes.append(f"vacuous at {trial.case}: the branch overflows, merged or not")
+        return
+    try:
+        trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
+    except Exception as error:  # noqa: BLE001  # refusing is right
+        trial.notes.append(f"refused: {type(error).__name__}")
+        return
+
+    budget = tolerance.weights(
+        W, magnitude, r=trial.case.r, dtype=trial.dtype, factor_dtype=trial.factor_dtype
+    )
+    one_layer.check_weight(
+        trial, model, base, W=W, budget=budget, what="merged weight", merged=True
+    )
+
+
+@spec(
     "merge/restores-base",
-    claim="Merging and unmerging MUST give back the base within rounding, and an adapter that acts.",
-    why="Who merges to evaluate and unmerges to train on would train on another base each time.",
+    claim="Merging and unmerging MUST give back the base within rounding, the factors bit for bit, and an "
+    "adapter that acts.",
+    why="Who merges to evaluate and unmerges to train on would train on another base each time, or lose "
+    "what half precision cannot hold of the factors.",
     source=(
         "BUGS 9, 38, 42; P5",
         "https://github.com/huggingface/peft/pull/3166",
@@ -161,17 +212,27 @@ def weight_equals_oracle(trial: Trial) -> None:
     ),
     features=("merge", "unmerge"),
     needs=("merge/same-output", "forward/embedding", "forward/sees-factors-now"),
-    cases=(Case(), *EACH_LAYER, Case(specimen="bare", way="untrained")),
+    cases=(
+        Case(),
+        *EACH_LAYER,
+        Case(specimen="fused-unequal"),
+        Case(specimen="bare", way="untrained"),
+    ),
 )
 def restores_base(trial: Trial) -> None:
-    """One cycle, with random factors or with those of a fresh adapter; then look at the base."""
+    """One cycle, with random factors or a fresh adapter's; then look at the factors and the base."""
     base = one_layer.unbiased(trial)
-    model = trial.inject(one_layer.unbiased(trial))
+    model = one_layer.adapted(trial)
+    if model is None:
+        return
     factors = trial.snapshot(model) if trial.case.way == "untrained" else trial.randomize(model)
     trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
     trial.adapter.unmerge(model)  # type: ignore[attr-defined]  # the feature brings it
 
     budget = one_layer.restored(trial, base, factors)
+    for after, before in zip(trial.snapshot(model)["proj"], factors["proj"], strict=True):
+        trial.same_bits(after.A, before.A, "A after unmerging")
+        trial.same_bits(after.B, before.B, "B after unmerging")
     one_layer.silence(trial, model)
     one_layer.check_weight(
         trial,

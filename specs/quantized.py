@@ -147,7 +147,8 @@ def _dense(trial: Trial) -> nn.Module:
     """The base with its dequantised weight in a `nn.Linear`."""
     import torch
 
-    from harness import oracle, specimen
+    from harness import oracle
+    from harness.specimen_models import One
 
     base: Any = trial.base()
     weight = oracle.weight_of(base.proj)
@@ -155,7 +156,7 @@ def _dense(trial: Trial) -> nn.Module:
     with torch.no_grad():
         layer.weight.copy_(weight)
         layer.bias.copy_(base.proj.bias)
-    return specimen.One(layer).to(trial.case.device)
+    return One(layer).to(trial.case.device)
 
 
 def _call(trial: Trial, model: nn.Module, x: Tensor) -> Tensor:

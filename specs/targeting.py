@@ -139,6 +139,8 @@ def unmatched_name_is_loud(trial: Trial) -> None:
         Case(specimen="stack"),
         Case(specimen="stack", way="subclass"),
         Case(specimen="tied"),
+        Case(specimen="headless"),
+        Case(specimen="headed"),
         Case(specimen="tiny"),
     ),
 )
@@ -150,6 +152,8 @@ def all_linear_leaves_the_head(trial: Trial) -> None:
     meant = {
         "stack": STACK_ALL,
         "tied": ("mix", "back"),
+        "headless": ("head_proj", "my_lm_head", "embed_out"),
+        "headed": ("head_proj", "my_lm_head"),
         "tiny": tuple(
             f"model.layers.{k}.{name}"
             for k in range(12)

@@ -19,7 +19,7 @@ from harness.worker import judge
 APART = 3.0
 """How many times over, on either side, the allowed value must lie between right and wrong."""
 
-LAYERS = ("linear", "bare", "embedding", "conv2d", "grouped", "fused", "fused-unequal")
+LAYERS = ("linear", "bare", "embedding", "conv2d", "grouped", "fused", "fused-all", "fused-unequal")
 COMBINATION = catalogue()["several/combination"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

@@ -11,6 +11,10 @@ import pytest
 
 from harness import UsageError, check
 from harness.case import Case
+from harness.failure import Failure
+from harness.faults.initialization import gives_a_convolution_a_bias
+from harness.judge import Result
+from harness.reach import EVERY_KIND, kind_of, reach
 from harness.spec import catalogue
 from harness.telling import tell
 
@@ -50,6 +54,40 @@ def test_inject_that_raises_is_one_failure_and_the_rest_blocked():
     assert "strangers.py" in failed[0].failures[0].where
     assert set(outcomes(verdict).values()) == {"failed", "blocked"}
     assert verdict.exit_code == 1
+
+
+def test_what_fails_for_convolutions_alone_blocks_convolutions_alone():
+    """A spec is judged at the kinds of layers that its needs hold for, and is no pass where one is left out."""
+    asked = ["initialization/no-op", "forward/conv2d", "forward/gradients", "training/learns"]
+    verdict = check(gives_a_convolution_a_bias(), only=asked)
+    gradients = next(r for r in verdict.results if r.spec == "forward/gradients")
+    cases = [case for case in catalogue()[gradients.spec].cases if "conv" not in kind_of(case)]
+
+    assert outcomes(verdict) == dict(
+        zip(asked, ("failed", "blocked", "blocked", "passed"), strict=True)
+    )
+    assert gradients.cases == len(cases)
+    assert gradients.notes == ["needs initialization/no-op"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "told", "kinds"),
+    [
+        ("failed", {"case": "specimen=grouped,dtype=float32"}, {"grouped_conv2d"}),
+        ("failed", {"case": "specimen=conv2d,dtype=float32"}, {"conv2d", "grouped_conv2d"}),
+        ("failed", {"case": "specimen=stack,dtype=float32"}, EVERY_KIND),
+        ("failed", {"case": "specimen=grouped,dtype=float32", "kind": "hang"}, EVERY_KIND),
+        ("failed", {"case": "", "kind": "known"}, EVERY_KIND),
+        ("known", {"case": "specimen=stack,dtype=float32"}, set()),
+        ("not_run", None, EVERY_KIND),
+    ],
+)
+def test_a_failure_reaches_the_kinds_of_layers_below_its_own(outcome, told, kinds):
+    """What ended the judging, or is of no case, says nothing good of any kind."""
+    given = {"kind": "value", "expected": "", "actual": ""}
+    failures = [Failure(**(given | told))] if told else []
+
+    assert reach(Result(spec="", level="MUST", outcome=outcome, failures=failures)) == kinds
 
 
 def test_an_adapter_that_does_nothing_never_conforms():

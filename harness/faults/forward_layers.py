@@ -81,6 +81,16 @@ def adapts_q_alone() -> Adapter:
     return _rows(lambda rows, _: rows[:1])
 
 
+@fault(
+    sin="Only the first and the last of the wanted parts are adapted.",
+    killed_by=PARTS,
+    varies="three wanted parts",
+)
+def adapts_q_and_v_alone() -> Adapter:
+    """Nothing for k, wanted or not."""
+    return _rows(lambda rows, _: [rows[0], rows[-1]] if len(rows) > 1 else rows)
+
+
 def _placed(move: Any) -> Adapter:
     """A reference that adds to a part's columns what `move(update, rows, width)` pads."""
 
@@ -171,6 +181,54 @@ def forgets_the_dilation() -> Adapter:
             return ConvBranch.down(self, base, x)
         kernel = self.lora_A.view(-1, *base.weight.shape[1:])
         return functional.conv2d(x, kernel, None, base.stride, base.padding)
+
+    return _convolved(down)
+
+
+@fault(
+    sin="The branch of a convolution knows padding by numbers, and takes a name for none.",
+    killed_by="forward/conv2d",
+    varies='padding="same"',
+)
+def takes_padding_by_name_for_none() -> Adapter:
+    """The outputs' sizes differ, and it raises."""
+
+    def down(self: Any, base: Any, x: Tensor) -> Tensor:
+        if not isinstance(base.padding, str):
+            return ConvBranch.down(self, base, x)
+        return functional.conv2d(x, self.lora_A.view(-1, *base.weight.shape[1:]))
+
+    return _convolved(down)
+
+
+@fault(
+    sin="The branch of a convolution pads with zeros, whatever the base pads with.",
+    killed_by="forward/conv2d-edges",
+    varies="a padding mode",
+)
+def pads_with_zeros() -> Adapter:
+    """As PEFT does; merged it is right."""
+
+    def down(self: Any, base: Any, x: Tensor) -> Tensor:
+        if base.padding_mode == "zeros":
+            return ConvBranch.down(self, base, x)
+        kernel = self.lora_A.view(-1, *base.weight.shape[1:])
+        return functional.conv2d(x, kernel, None, base.stride, base.padding, base.dilation)
+
+    return _convolved(down)
+
+
+@fault(
+    sin="The branch of a convolution acts on batches alone.",
+    killed_by="forward/conv2d-edges",
+    varies="an image without a batch",
+)
+def leaves_a_single_image_unadapted() -> Adapter:
+    """An image of three dimensions is given the base's answer."""
+
+    def down(self: Any, base: Any, x: Tensor) -> Tensor:
+        y = ConvBranch.down(self, base, x)
+        return y if x.dim() == 4 else y * 0
 
     return _convolved(down)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from harness.adapters.equation import Branch, ConvBranch, EmbeddingBranch
+from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
 from harness.faults.record import fault
 from harness.faults.wrong import branches, layer, wrong
@@ -64,6 +65,23 @@ def ignores_dropout() -> Adapter:
 def drops_what_it_should_keep() -> Adapter:
     """Zeroes 1 - p."""
     return _dropped(lambda x, p, training: functional.dropout(x, 1 - p, training))
+
+
+@fault(
+    sin="The second of three parts has no dropout.",
+    killed_by=ON,
+    varies="dropout on a fused projection of which every part is adapted",
+)
+def leaves_dropout_out_of_k() -> Adapter:
+    """Unbiased, and the others draw."""
+
+    def make_branches(self: Any, *args: Any) -> list[Branch]:
+        made = Reference.make_branches(self, *args)
+        for branch in made[1:2] if len(made) == 3 else ():
+            branch.dropout = None
+        return made
+
+    return wrong(make_branches=make_branches)
 
 
 @fault(

@@ -54,6 +54,22 @@ def draws_both_factors() -> Adapter:
 
 
 @fault(
+    sin="At rank 1 and at ranks above the width, B is drawn at random too.",
+    killed_by=NO_OP,
+    varies="the rank",
+)
+def draws_both_factors_at_odd_ranks() -> Adapter:
+    """A start of another kind, for the ranks that it is not made for."""
+
+    def act(branch: Branch, generator: torch.Generator) -> None:
+        r, n_in = branch.lora_A.shape
+        if r == 1 or r > min(n_in, len(branch.lora_B)):
+            fill_uniform(branch.lora_B, 0.1, generator)
+
+    return _initialized(act)
+
+
+@fault(
     sin="The norms' epsilon becomes 1e-6.",
     killed_by=NO_OP,
     replays=("121",),
@@ -86,6 +102,24 @@ def forgets_the_bases_bias() -> Adapter:
         return y - self.base.bias if plain and not self.kept else y
 
     return wrong(layer=layer(forward=forward))
+
+
+@fault(
+    sin="A convolution without a bias is built anew with one, drawn at random.",
+    killed_by=NO_OP,
+    varies="a convolution without a bias",
+)
+def gives_a_convolution_a_bias() -> Adapter:
+    """As PEFT 0.5.0 does; linear layers are right."""
+
+    def act(adapter: Any, model: nn.Module) -> None:
+        for adapted in adapter.layers(model).values():
+            if isinstance(adapted.base, nn.Conv2d) and adapted.base.bias is None:
+                bias = torch.empty(adapted.base.out_channels, dtype=adapted.base.weight.dtype)
+                fill_uniform(bias, 0.1, adapter.generator("bias"))
+                adapted.base.bias = nn.Parameter(bias, requires_grad=False)
+
+    return after_injection(act)
 
 
 @fault(

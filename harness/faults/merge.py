@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from harness.adapter import Adapter, LoraConfig
 
 SAME = "merge/same-output"
-WEIGHT = "merge/weight-equals-oracle"
-RESTORES = "merge/restores-base"
 
 
 def with_layer(layer: type[Adapted]) -> Reference:
@@ -254,79 +252,6 @@ class Forgets(Adapted):
 )
 def forward_forgets_that_it_is_merged() -> Adapter:
     return with_layer(Forgets)
-
-
-# -- seen in the weight alone ----------------------------------------------------------------------
-
-
-class MergesNothing(Reference):
-    def merge(self, model: nn.Module) -> None:
-        """Outputs stay right: the branch goes on."""
-
-
-@fault(
-    sin="Merging is dead code: nothing is folded, and the branch goes on acting.",
-    killed_by="cost/merged-costs-what-the-base-costs",
-    replays=("2",),
-    varies="the operations of a merged call",
-)
-def merge_is_dead_code() -> Adapter:
-    return MergesNothing()
-
-
-class EqualParts(Adapted):
-    def merge_weight(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
-        if rows is not None:
-            part = len(weight) // 3
-            start = rows.start // part * part
-            rows = slice(start, start + len(delta))
-        return super().merge_weight(weight, delta, rows)
-
-
-@fault(
-    sin="A part is taken to begin at a third or two of the rows, as if q, k and v were equal.",
-    killed_by=WEIGHT,
-    replays=("7", "8"),
-    varies="a grouped-query projection",
-)
-def merges_parts_as_if_they_were_equal() -> Adapter:
-    return with_layer(EqualParts)
-
-
-class Truncates(Adapted):
-    def merge_weight(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
-        total = weight.to(torch.promote_types(weight.dtype, delta.dtype), copy=True)
-        total[rows or slice(None)] += delta
-        near = total.to(weight.dtype)
-        far = near.to(total.dtype).abs() > total.abs()
-        return torch.where(far, torch.nextafter(near, torch.zeros_like(near)), near)
-
-
-@fault(
-    sin="The sum is cut to the base's dtype, not rounded: small updates never round up.",
-    killed_by=WEIGHT,
-    replays=("12",),
-    varies="half precision, and an update near its last place",
-)
-def truncates_when_merging() -> Adapter:
-    return with_layer(Truncates)
-
-
-class Downcasts(Adapted):
-    def merge_weight(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):
-            weight = weight.to(torch.get_autocast_dtype("cpu")).to(weight.dtype)
-        return super().merge_weight(weight, delta, rows)
-
-
-@fault(
-    sin="Merging under autocast rounds W to autocast's dtype.",
-    killed_by=WEIGHT,
-    replays=("P-16",),
-    varies="a merge under autocast",
-)
-def merge_under_autocast_downcasts_the_weight() -> Adapter:
-    return with_layer(Downcasts)
 
 
 class Thinned(Branch):

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 COVERAGE = "targeting/exact-coverage"
 DOTTED = "targeting/dotted-names"
-HEAD = "targeting/all-linear-leaves-the-head"
 TWICE = "targeting/second-injection-is-loud-or-equal"
 
 
@@ -184,48 +183,6 @@ def makes_an_error_and_does_not_raise_it() -> Adapter:
             return {}
 
     return wrong(targets=targets)
-
-
-def _all_linear(keep: Callable[[list[tuple[str, nn.Module]], nn.Module], Any]) -> Adapter:
-    """A reference to which "all-linear" means what `keep(linears, model)` leaves."""
-
-    def targets(self: Any, model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-        if not isinstance(config.target_modules, str):
-            return Reference.targets(self, model, config)
-        linears: list[tuple[str, nn.Module]] = [
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-        ]
-        return dict(keep(linears, model))
-
-    adapter: Adapter = wrong(targets=targets)
-    return adapter
-
-
-@fault(
-    sin='"all-linear" takes the output head too.',
-    killed_by=HEAD,
-    replays=("80",),
-    varies='"all-linear"',
-)
-def adapts_the_head_too() -> Adapter:
-    """Every nn.Linear, without exception."""
-    return _all_linear(lambda linears, _: linears)
-
-
-@fault(
-    sin='"all-linear" passes over subclasses of nn.Linear.',
-    killed_by=HEAD,
-    varies="a layer that is a subclass",
-)
-def passes_over_subclasses() -> Adapter:
-    """By exact type."""
-    return _all_linear(
-        lambda linears, _: [
-            (n, m) for n, m in linears if type(m) is nn.Linear and not n.endswith("lm_head")
-        ]
-    )
 
 
 @fault(

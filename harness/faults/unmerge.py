@@ -52,6 +52,25 @@ def unmerges_without_scaling() -> Adapter:
     return with_layer(Unscaled)
 
 
+class EqualParts(Subtracts):
+    def taken_out(self, weight: Tensor, delta: Tensor, rows: slice | None) -> Tensor:
+        if rows is not None:
+            part = len(weight) // 3
+            start = rows.start // part * part
+            rows = slice(start, start + len(delta))
+        return super().taken_out(weight, delta, rows)
+
+
+@fault(
+    sin="Unmerging takes a part out at a third or two of the rows, as if q, k and v were equal.",
+    killed_by=RESTORES,
+    replays=("7", "8"),
+    varies="a grouped-query projection",
+)
+def unmerges_parts_as_if_they_were_equal() -> Adapter:
+    return with_layer(EqualParts)
+
+
 class Flagged(Adapted):
     def unmerge(self) -> None:
         if any(bool(branch.lora_A.any() and branch.lora_B.any()) for branch in self.branches):
@@ -66,6 +85,23 @@ class Flagged(Adapted):
 )
 def stays_merged_where_nothing_was_folded() -> Adapter:
     return with_layer(Flagged)
+
+
+class RoundsFactors(Adapted):
+    def unmerge(self) -> None:
+        with torch.no_grad():
+            for factor in self.adapters.parameters() if self.kept else ():
+                factor.copy_(factor.to(self.base.weight.dtype))  # type: ignore[arg-type]
+        super().unmerge()
+
+
+@fault(
+    sin="Factors go through the base's dtype on their way out of a merge.",
+    killed_by=RESTORES,
+    varies="factors held in more bits than the base",
+)
+def unmerging_rounds_the_factors() -> Adapter:
+    return with_layer(RoundsFactors)
 
 
 class Once(Adapted):
