@@ -14,6 +14,7 @@ Whole models are Phi-3. The same case gives the same weights and inputs in every
     stack           12 layers with trap names in nested ModuleLists   shape (width, inner)
     tied            an embedding and a head that share one weight     shape (num, dim)
     shared          one nn.Linear reached under two names             shape (in, out)
+    normed          a layer, a batch norm and a head without a bias   shape (in, out)
     nf4             one bitsandbytes Linear4bit, blocks of 64         shape (in, out)
     tiny, tiny-gqa  Phi-3, and any other model by name: harness.phi3
 """
@@ -48,6 +49,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "stack": (6, 9),
     "tied": (13, 5),
     "shared": (11, 7),
+    "normed": (11, 7),
     "nf4": (128, 64),
 }
 
@@ -138,6 +140,21 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         y: Tensor = self.second(torch.tanh(self.back(self.first(x))))
+        return y
+
+
+class Normed(nn.Module):
+    """A layer, a batch norm, whose running statistics no gradient moves, and a head without a bias."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(i, o)
+        self.norm = nn.BatchNorm1d(o)
+        self.head = nn.Linear(o, i, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        h = self.proj(x).transpose(1, 2)  # (b, o, t)
+        y: Tensor = self.head(torch.tanh(self.norm(h).transpose(1, 2)))
         return y
 
 
@@ -238,8 +255,9 @@ def _pristine(
 
 
 def _make(specimen: str, shape: tuple[int, ...]) -> nn.Module:
-    if specimen in {"stack", "tied", "shared"}:
-        return {"stack": Stack, "tied": Tied, "shared": Shared}[specimen](*shape)
+    whole = {"stack": Stack, "tied": Tied, "shared": Shared, "normed": Normed}
+    if specimen in whole:
+        return whole[specimen](*shape)
     if specimen in CONVOLUTIONS:
         i, o, kh, kw = shape
         groups = 2 if specimen == "grouped" else 1
