@@ -33,6 +33,20 @@ def deleting_leaves_the_parameters() -> Adapter:
 
 
 @fault(
+    sin="Deleting takes every adapter whose name begins alike.",
+    killed_by="several/delete",
+    varies="names that begin alike",
+)
+def deleting_takes_names_that_begin_alike() -> Adapter:
+    def delete(self: Any, model: nn.Module, name: str) -> None:
+        self.require_adapter(model, name)
+        for other in [one for one in self.state(model).configs if one.startswith(name)]:
+            Reference.delete(self, model, other)
+
+    return wrong(delete=delete)
+
+
+@fault(
     sin="Something keeps the modules of a deleted adapter.",
     killed_by="several/deleted-is-freed",
     replays=("140",),
