@@ -136,8 +136,8 @@ def deleted_is_freed(trial: Trial) -> None:
 
 @spec(
     "several/while-merged",
-    claim="Activating another adapter while one is merged MUST be right or raise.",
-    why="The merged one's update stays in the weights, under the other's or without any.",
+    claim="Adding, activating or deleting an adapter while one is merged MUST be right or raise.",
+    why="The merged one's update stays in the weights, under the other's or without any, or acts twice.",
     source=(
         "DESIGN.md: what is done while merged is right or raises",
         "BUGS 42",
@@ -145,10 +145,20 @@ def deleted_is_freed(trial: Trial) -> None:
     ),
     needs=("several/switch", "several/delete", "merge/same-output"),
     features=("multi_adapter", "merge"),
-    cases=(Case(way="activate"), Case(way="delete"), Case(specimen="stack", way="delete")),
+    cases=(
+        Case(way="activate"),
+        Case(way="add"),
+        Case(specimen="stack", way="add"),
+        Case(way="delete"),
+        Case(specimen="stack", way="delete"),
+    ),
+    more_cases=(Case(specimen="embedding", way="add"), Case(specimen="fused", way="add")),
 )
 def while_merged(trial: Trial) -> None:
     """Judge the outputs of the second, and once more when the first, that was merged, is deleted."""
+    if trial.case.way == "add":
+        _add_while_merged(trial)
+        return
     x = trial.inputs()
     model = trial.adapted()
     adapter: Any = trial.adapter
@@ -169,6 +179,33 @@ def while_merged(trial: Trial) -> None:
         return
 
     trial.close(trial.call(model, x), truth, budget, f"output after {trial.case.way} while merged")
+
+
+def _add_while_merged(trial: Trial) -> None:
+    """Judge the first, merged and, where `unmerge` is claimed, unmerged; and the second after it."""
+    base, x = trial.base(), trial.inputs()
+    model = trial.adapted()
+    adapter: Any = trial.adapter
+    first = trial.snapshot(model)
+    truth, budget = trial.truth(base, first, x), trial.budget(base, first, x)
+    adapter.merge(model)
+    try:
+        adapter.add(model, "second", trial.config())
+    except Exception as error:  # noqa: BLE001  # raising is an answer
+        trial.notes.append(f"adding while merged is refused: {type(error).__name__}")
+        return
+    trial.close(trial.call(model, x), truth, budget, "output after add while merged")
+    if not trial.claims("unmerge"):
+        return
+    adapter.unmerge(model)
+    trial.unmerged(model)
+    # The weights may keep the roundings of going in and coming out, each of the merged sum.
+    left = 2 * budget
+    trial.close(trial.call(model, x), truth, budget + left, "output after add, then unmerge")
+    activate(trial, model, "second")
+    second = trial.randomize(model, seed=1)
+    truth, budget = trial.truth(base, second, x), trial.budget(base, second, x)
+    trial.close(trial.call(model, x), truth, budget + left, "output of the one that was added")
 
 
 @spec(

@@ -76,6 +76,20 @@ def activating_leaves_what_is_merged() -> Adapter:
     return wrong(require_unmerged=require_unmerged)
 
 
+@fault(
+    sin="Adding an adapter while one is merged forgets that it is: its update acts twice.",
+    killed_by="several/while-merged",
+    varies="adding while merged",
+)
+def adding_forgets_what_is_merged() -> Adapter:
+    def add(self: Any, model: nn.Module, name: str, config: Any, *, trainable: bool = True) -> None:
+        for adapted in self.layers(model).values():
+            adapted.kept = []
+        Reference.add(self, model, name, config, trainable=trainable)
+
+    return wrong(add=add)
+
+
 MERGES = "several/merges-the-active"
 
 
