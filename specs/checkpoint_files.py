@@ -158,36 +158,6 @@ def save_restores_settings(trial: Trial) -> None:
 
 
 @spec(
-    "checkpoint/save-restores-biases",
-    claim="Biases that train MUST be in what `save` writes, and in what `load` gives back.",
-    why="A bias that is trained and not saved is the base's again after a reload, in silence.",
-    source=(
-        "BUGS 43",
-        "https://github.com/huggingface/peft/issues/3306",
-        "https://github.com/huggingface/peft/pull/3490",
-    ),
-    features=("save",),
-    needs=("checkpoint/save-restores-settings", "trainable/bias-modes"),
-    cases=(Case(specimen="stack", way="lora_only"), Case(specimen="stack", way="all")),
-)
-def save_restores_biases(trial: Trial) -> None:
-    """Give every trained bias another value, save, load into a bare base, and compare outputs."""
-    mode = trial.case.way
-    if not trial.claims(mode):
-        trial.notes.append(f"bias={mode!r} is not claimed")
-        return
-    given, folder = trial.inputs(), trial.folder()
-    model = trial.inject(config=trial.config(bias=mode))
-    disturb(model, seed=1)
-    trial.randomize(model)
-    want = trial.call(model, given)
-    trial.adapter.save(model, folder)  # type: ignore[attr-defined]  # the feature brings it
-    loaded = trial.adapter.load(trial.base(), folder)  # type: ignore[attr-defined]  # likewise
-    trial.unmerged(loaded)
-    trial.same_bits(trial.call(loaded, given), want, f"output after save and load, bias={mode!r}")
-
-
-@spec(
     "checkpoint/save-same-merged-or-not",
     claim="What `save` writes while merged MUST load as the adapter that was merged; or `save` raises.",
     why="An adapter saved during evaluation, merged, would add its update twice when it is loaded.",
