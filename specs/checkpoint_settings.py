@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from harness.case import Case
+from harness.failure import fail
 from harness.spec import spec
 from harness.specs.checkpoint import disturb, kept
+from harness.specs.trainable import factors_train, nothing_else_trains
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from torch import Tensor, nn
 
+    from harness.adapter import LoraConfig
     from harness.trial import Trial
 
 
@@ -93,3 +98,88 @@ def _evaluated(trial: Trial, model: nn.Module) -> Tensor:
     outputs = trial.call(model, trial.inputs())
     trial.unmerged(model)
     return outputs
+
+
+def _with(*settings: str) -> tuple[Case, ...]:
+    """A case to load for inference, and one to train on, with these settings."""
+    kinds = ("frozen", "trainable")
+    return tuple(Case(specimen="normed", way=", ".join((kind, *settings))) for kind in kinds)
+
+
+@spec(
+    "checkpoint/load-trainability-beside-factors",
+    claim="After `load`, biases and modules that were trained MUST train exactly if that is asked for.",
+    why="A run that is taken up with its factors and without its head trains another model; a bias that "
+    "is left free drifts in the next run on the same base.",
+    source=(
+        "DESIGN.md, load: trainability as asked",
+        "BUGS 56",
+        "https://github.com/huggingface/peft/issues/2759",
+    ),
+    features=("save",),
+    needs=("checkpoint/load-trainability", "trainable/bias-modes"),
+    cases=(
+        *_with("modules_to_save", "lora_only"),
+        *_with("modules_to_save", "all"),
+        *_with("lora_bias"),
+    ),
+    more_cases=(
+        *_with("modules_to_save"),
+        *_with("lora_only"),
+        *_with("all"),
+        *_with("modules_to_save", "lora_bias"),
+    ),
+)
+def load_trainability_beside_factors(trial: Trial) -> None:
+    """Compare what requires a gradient with what the settings ask for, by its values."""
+    kind, *asked_for = trial.case.way.split(", ")
+    settings = [feature for feature in asked_for if trial.claims(feature)]
+    trial.notes += [f"{name} is not claimed" for name in asked_for if name not in settings]
+    if not settings:
+        return
+    base, folder = trial.base(), trial.folder()
+    given = {name: p.detach().clone() for name, p in base.named_parameters()}
+    model, wanted = trial.inject(base, _asking(trial, settings)), _beside(given, settings)
+    others = nothing_else_trains(model, trial.factors(model), wanted)
+    # With other values than the base's a trained copy is told from the original that it came from.
+    disturb(model, seed=1)
+    trial.adapter.save(model, folder)  # type: ignore[attr-defined]  # the feature brings it
+    asked = kind == "trainable"
+    loaded = trial.adapter.load(trial.base(), folder, trainable=asked)  # type: ignore[attr-defined]  # likewise
+
+    factors = trial.factors(loaded)
+    if asked:
+        names = {id(p): name for name, p in model.named_parameters()}
+        factors_train(loaded, factors)
+        nothing_else_trains(loaded, factors, {names[id(p)]: p for p in others})
+        return
+    trains = [name for name, p in loaded.named_parameters() if p.requires_grad]
+    if trains:
+        fail(
+            "state",
+            expected="no trainable parameter after load(trainable=False)",
+            actual=f"{len(trains)}: {', '.join(trains[:3])}",
+            where=trains[0],
+        )
+
+
+def _asking(trial: Trial, settings: Iterable[str]) -> LoraConfig:
+    """A configuration with the settings of these names."""
+    fields: dict[str, dict[str, Any]] = {
+        "modules_to_save": {"modules_to_save": ("head",)},
+        "lora_bias": {"lora_bias": True},
+        "lora_only": {"bias": "lora_only"},
+        "all": {"bias": "all"},
+    }
+    asked = {key: value for name in settings for key, value in fields[name].items()}
+    return trial.config(**asked)
+
+
+def _beside(given: Mapping[str, Tensor], settings: Iterable[str]) -> dict[str, Tensor]:
+    """What these settings train beside the factors, by its names in the base."""
+    trained = {
+        "modules_to_save": ["head.weight"],
+        "lora_only": ["proj.bias"],
+        "all": [name for name in given if name.endswith("bias")],
+    }
+    return {key: given[key] for name in settings for key in trained.get(name, ())}
