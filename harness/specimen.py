@@ -20,6 +20,7 @@ Whole models are Phi-3. The same case gives the same weights and inputs in every
     shared          one nn.Linear reached under two names             shape (in, out)
     headless        layers called like an output head, and no head    shape (in, out)
     headed          the same, with a head of another name             shape (in, out)
+    normed          a layer, a batch norm and a head without a bias   shape (in, out)
     nf4             one bitsandbytes Linear4bit, blocks of 64         shape (in, out)
     tiny, tiny-gqa  Phi-3, and any other model by name: harness.phi3
 """
@@ -58,6 +59,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "shared": (11, 7),
     "headless": (11, 7),
     "headed": (11, 7),
+    "normed": (11, 7),
     "nf4": (128, 64),
 }
 

@@ -117,11 +117,27 @@ class Headed(Headless):
         return self.embed_out
 
 
+class Normed(nn.Module):
+    """A layer, a batch norm, whose running statistics no gradient moves, and a head without a bias."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(i, o)
+        self.norm = nn.BatchNorm1d(o)
+        self.head = nn.Linear(o, i, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        h = self.proj(x).transpose(1, 2)  # (b, o, t)
+        y: Tensor = self.head(torch.tanh(self.norm(h).transpose(1, 2)))
+        return y
+
+
 MODELS: dict[str, type[nn.Module]] = {
     "stack": Stack,
     "tied": Tied,
     "shared": Shared,
     "headless": Headless,
     "headed": Headed,
+    "normed": Normed,
 }
 """The specimens of more than one layer."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from harness.case import Case
 from harness.console import table, wrapped
 from harness.errors import UsageError
+from harness.report.words import CLAIMS
 from harness.spec import SPEC_VERSION, catalogue, select
 
 if TYPE_CHECKING:
@@ -137,8 +138,9 @@ def tell(verdict: Verdict) -> str:
     ]
     if elsewhere:
         blocks.append("Blocked\n" + "\n".join(elsewhere))
-    if verdict.unclaimed:
-        blocks.append(f"Works, but is not claimed: {', '.join(verdict.unclaimed)}")
+    for member, words in CLAIMS.items():
+        if names := getattr(verdict, member):
+            blocks.append(wrapped(f"{words}: {', '.join(names)}", subsequent_indent="    "))
     blocks.append(last_word(verdict))
     return "\n\n".join(blocks)
 

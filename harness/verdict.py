@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from harness import known as known_failures
 from harness.judge import LIMIT, Judge, Points, Result
 from harness.session import Session
-from harness.spec import SPEC_VERSION, Tier, select
+from harness.spec import SPEC_VERSION, Tier, catalogue, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -41,6 +41,7 @@ class Verdict:
         ran: how many of them were.
         results: one for each spec.
         unclaimed: what works although it is not claimed.
+        unjudged: what is claimed and no spec of the run asks for: of that the verdict says nothing.
         environment: the typed fingerprint of machine and libraries.
         tier: which specs were asked.
     """
@@ -51,6 +52,7 @@ class Verdict:
     ran: int
     results: list[Result]
     unclaimed: list[str] = field(default_factory=list)
+    unjudged: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     tier: str = "core"
 
@@ -78,6 +80,7 @@ class Verdict:
             "ran": self.ran,
             "results": [result.as_dict() for result in self.results],
             "unclaimed": self.unclaimed,
+            "unjudged": self.unjudged,
         }
 
 
@@ -142,15 +145,34 @@ def check(
         results = [judge.results[id_] for id_ in specs]
         for result in sorted(results, key=lambda r: r.level):
             judge.diagnose(result)
-        unclaimed = [] if only or case else judge.unclaimed()
+        # Of a part of the specs nobody expects that all claims are in it.
+        partial = bool(only or case)
+        unclaimed = [] if partial else judge.unclaimed()
+        silent = [] if partial else unjudged(judge.claims["features"], results)
     return Verdict(
         adapter=adapter_named,
         **summary(results),
         results=results,
         unclaimed=unclaimed,
+        unjudged=silent,
         environment=environment.collect(),
         tier=tier,
     )
+
+
+WITHIN = {"quantized_base": "quantized_base in 8 bits"}
+"""What a feature claims beside what its specs ask for: they have bases in 4 bits alone."""
+
+
+def unjudged(features: Iterable[str], results: Iterable[Result]) -> list[str]:
+    """The features that are claimed and that none of these specs asks for, and unjudged parts of others."""
+    asked: set[str] = set()
+    for result in results:
+        if result.outcome != "not_claimed":
+            item = catalogue()[result.spec]
+            asked.update(item.features, *(case.way.split(", ") for case in item.cases))
+    told = {name: WITHIN.get(name) if name in asked else name for name in features}
+    return [name for name in told.values() if name]
 
 
 def summary(results: Iterable[Result]) -> dict[str, Any]:

@@ -193,10 +193,12 @@ def base_keys_kept(trial: Trial) -> None:
 
 @spec(
     "checkpoint/misfit-is-loud",
-    claim="Loading a checkpoint that does not fit MUST raise: prefix, missing, extra, rank or shape.",
+    claim="Loading a checkpoint that does not fit MUST raise: prefix, missing, extra, rank or shape; "
+    "missing too are biases and modules that train.",
     why="A silent misfit evaluates the untrained adapter, and nobody can tell from its outputs.",
     source=(
         "BUGS 48, 49, P-10",
+        "https://github.com/huggingface/peft/pull/2084",
         "https://github.com/huggingface/peft/pull/2118",
         "https://github.com/huggingface/diffusers/issues/10187",
     ),
@@ -207,27 +209,37 @@ def base_keys_kept(trial: Trial) -> None:
             for way in ("prefix", "missing", "extra", "rank", "shape", "row", "turned", "empty")
         ),
         Case(specimen="stack", way="modules_to_save"),
+        Case(way="lora_only"),
+        Case(specimen="normed", way="all"),
     ),
+    more_cases=(Case(way="lora_bias"),),
 )
 def misfit_is_loud(trial: Trial) -> None:
-    """Load eight kinds of misfits, and a checkpoint that lacks a whole module."""
-    if trial.case.way == "modules_to_save":
-        _whole_module_missing(trial)
+    """Load eight kinds of misfits, and a checkpoint that lacks a whole module, or trained biases."""
+    settings: dict[str, dict[str, Any]] = {
+        "modules_to_save": {"modules_to_save": ("lm_head",)},
+        "lora_only": {"bias": "lora_only"},
+        "all": {"bias": "all"},
+        "lora_bias": {"lora_bias": True},
+    }
+    if trial.case.way in settings:
+        _lacks_what_is_due_to(trial, settings[trial.case.way])
         return
     model = trial.adapted()
     _refused(trial, model, _misfit(trial, kept(trial, model)))
 
 
-def _whole_module_missing(trial: Trial) -> None:
-    """Leave out all that the checkpoint has by virtue of `modules_to_save`."""
-    if not trial.claims("modules_to_save"):
-        trial.notes.append("modules_to_save is not claimed")
+def _lacks_what_is_due_to(trial: Trial, setting: dict[str, Any]) -> None:
+    """Leave out all that the checkpoint has by virtue of a setting."""
+    name = trial.case.way
+    if not trial.claims(name):
+        trial.notes.append(f"{name} is not claimed")
         return
-    model = trial.adapted(config=trial.config(modules_to_save=("lm_head",)))
+    model = trial.adapted(config=trial.config(**setting))
     without, state = kept(trial, trial.inject()), kept(trial, model)
     fewer = {key: value for key, value in state.items() if key in without}
     if fewer.keys() == state.keys():
-        trial.notes.append("vacuous: modules_to_save adds no key to the checkpoint")
+        trial.notes.append(f"vacuous: {name} adds no key to the checkpoint")
         return
     _refused(trial, model, fewer)
 

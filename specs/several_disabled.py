@@ -1,4 +1,4 @@
-"""Inside `disable`: the base, whole, and everything as it was on leaving; and modules trained whole."""
+"""Inside `disable`: the base, whole; and on leaving everything as it was."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 from harness.case import Case
 from harness.failure import Broken, fail
 from harness.spec import spec
-from harness.specs.several import DESIGN, activate
+from harness.specs.several import activate
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
     from harness.oracle import Snapshot
@@ -130,122 +132,106 @@ def disabled_keeps_the_active(trial: Trial) -> None:
 
 
 @spec(
-    "several/disabled-leaves-saved-modules-out",
-    claim="Inside `disable`, modules that were trained whole MUST be the base's again.",
-    why="Half a base is none: the trained head on the bare body is a model that nobody asked for.",
+    "several/disabled-nested",
+    claim="Leaving a `disable` inside another MUST leave the base acting until the outer one is left; or "
+    "entering it raises.",
+    why="A helper that asks for the base inside a block that does so too would switch the adapter on for "
+    "the rest of the block.",
     source=(
-        DESIGN,
-        "BUGS 95",
-        "https://github.com/huggingface/peft/issues/493",
-        "https://github.com/huggingface/peft/pull/736",
+        "DESIGN.md, disable: on leaving everything as it was",
+        "https://github.com/huggingface/peft/issues/3507",
+        "https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/5945",
     ),
-    needs=("several/disabled-equals-base", "training/loss-goes-down"),
-    features=("disable", "modules_to_save"),
-    cases=(Case(specimen="stack"),),
-    more_cases=(Case(specimen="tiny"),),
+    needs=("several/disabled-equals-base",),
+    features=("disable",),
+    cases=(Case(), Case(specimen="stack")),
+    more_cases=(Case(specimen="embedding"), Case(specimen="fused")),
 )
-def disabled_leaves_saved_modules_out(trial: Trial) -> None:
-    """Judge outputs inside and after, with a head that was trained."""
-    x = trial.inputs()
-    model, bare = _with_trained_head(trial, x)
-    before = trial.call(model, x)
+def disabled_nested(trial: Trial) -> None:
+    """Judge outputs between leaving the inner and leaving the outer one, and after both."""
+    base, x = trial.base(), trial.inputs()
+    bare = trial.call(base, x)
+    model = trial.adapted(base)
+    before, state = trial.call(model, x), _state(model)
     adapter: Any = trial.adapter
     with adapter.disable(model):
+        try:
+            with adapter.disable(model):
+                trial.call(model, x)
+        except Exception as error:  # noqa: BLE001  # any exception is loud
+            trial.notes.append(f"a `disable` inside another is refused: {type(error).__name__}")
         inside = trial.call(model, x)
 
-    trial.same_bits(inside, bare, "outputs while disabled, with a trained head")
-    trial.same_bits(trial.call(model, x), before, "outputs after leaving `disable`")
+    trial.same_bits(inside, bare, "outputs while disabled, an inner `disable` being left")
+    when = "after leaving both"
+    _same_state(model, state, when)
+    trial.same_bits(trial.call(model, x), before, f"outputs {when}")
 
 
 @spec(
-    "several/switch-saved-modules",
-    claim="Activating an adapter without modules of its own MUST bring the base's modules back, and the "
-    "first adapter's again with it.",
-    why="Heads and norms trained for one task must not act in another.",
-    source=(DESIGN, "BUGS 96", "https://github.com/huggingface/peft/pull/1615"),
-    needs=("several/switch", "training/loss-goes-down"),
-    features=("multi_adapter", "modules_to_save"),
-    cases=(Case(specimen="stack"),),
-    more_cases=(Case(specimen="tiny"),),
-)
-def switch_saved_modules(trial: Trial) -> None:
-    """Judge outputs of a second, fresh adapter, and of the first after it."""
-    x = trial.inputs()
-    model, bare = _with_trained_head(trial, x)
-    before = trial.call(model, x)
-    adapter: Any = trial.adapter
-    adapter.add(model, "second", trial.config())
-    activate(trial, model, "second")
-    trial.same_bits(trial.call(model, x), bare, "outputs of a fresh adapter without a head")
-    activate(trial, model, "default")
-
-    trial.same_bits(trial.call(model, x), before, "outputs after the first is activated again")
-
-
-@spec(
-    "several/saved-modules-of-their-own",
-    claim="Two adapters with the same modules to save MUST have a copy each, which starts as the base's.",
-    why="A head that two tasks share is trained by both, and right for neither.",
+    "several/disabled-in-training",
+    claim="A step of training that asks for the base's outputs between two backward passes MUST end on "
+    "the same bits as one that does not.",
+    why="Preference training asks its reference policy in the middle of a step: a gradient that is "
+    "dropped there, or a head that stays frozen, is missing from every step.",
     source=(
-        "DESIGN.md, multi_adapter: `add` changes nothing of the others",
-        "BUGS 52, 96",
-        "https://github.com/huggingface/peft/pull/1615",
+        "DESIGN.md, disable: on leaving everything as it was, trainability too",
+        "BUGS P20",
+        "https://github.com/huggingface/peft/pull/2936",
     ),
-    needs=("several/switch-saved-modules",),
-    features=("multi_adapter", "modules_to_save"),
-    cases=(Case(specimen="stack"),),
-    more_cases=(Case(specimen="tiny"),),
+    needs=("several/disabled-equals-base", "training/deterministic"),
+    features=("disable",),
+    cases=(Case(), Case(way="all"), Case(specimen="normed", way="modules_to_save")),
+    more_cases=(Case(specimen="stack"), Case(way="lora_only"), Case(dtype="bfloat16")),
 )
-def saved_modules_of_their_own(trial: Trial) -> None:
-    """Judge outputs of a fresh second adapter, and of the first once the second's head was trained."""
-    x = trial.inputs()
-    model, bare = _with_trained_head(trial, x)
-    before = trial.call(model, x)
-    adapter: Any = trial.adapter
-    adapter.add(model, "second", trial.config(modules_to_save=("lm_head",)))
-    activate(trial, model, "second")
-    trial.same_bits(trial.call(model, x), bare, "outputs of a fresh adapter with a head of its own")
-    _train_head(trial, model, x)
-    activate(trial, model, "default")
+def disabled_in_training(trial: Trial) -> None:
+    """Judge the gradients after leaving, and what trains after the step, beside a step without it."""
+    way = trial.case.way
+    if way and not trial.claims(way):
+        trial.notes.append(f"{way} is not claimed")
+        return
+    settings: dict[str, Any] = {"modules_to_save": ("head",)} if way == "modules_to_save" else {}
+    if way in {"all", "lora_only"}:
+        settings = {"bias": way}
+    ends = [_step(trial, settings, disabled=disabled) for disabled in (False, True)]
 
-    trial.same_bits(trial.call(model, x), before, "outputs of the first, the other's head trained")
-
-
-def _with_trained_head(trial: Trial, given: Any) -> tuple[nn.Module, Tensor]:
-    """A model whose head was trained whole, and the base's outputs."""
-    base = trial.base()
-    bare = trial.call(base, given)
-    model = trial.inject(base, trial.config(modules_to_save=("lm_head",)))
-    _train_head(trial, model, given)
-    return model, bare
+    for (name, straight), asked in zip(ends[0].items(), ends[1].values(), strict=True):
+        trial.same_bits(asked, straight, f"{name} after a step with a `disable` in it")
 
 
-def _train_head(trial: Trial, model: nn.Module, given: Any) -> None:
-    """One step of the active adapter's head, which makes a difference."""
+def _step(trial: Trial, settings: dict[str, Any], *, disabled: bool) -> dict[str, Tensor]:
+    """What trains, after one step whose gradient comes in two parts."""
     import torch
 
-    from harness import specimen, storage
+    from harness import specimen
 
-    fresh = trial.call(model, given)
-    model.train()
-    ours = storage.elements(storage.handles(trial.factors(model)))
-    # A base's `lora_gate` may train wrongly too: trainable/names-decide-nothing says so.
-    heads = [
-        p
-        for name, p in model.named_parameters()
-        if p.requires_grad
-        and not name.endswith("lora_gate.weight")
-        and not storage.covered(p, ours)
-    ]
-    if not heads:
-        fail("names", expected="lm_head, of modules_to_save, to be trainable", actual="it is not")
-    optimizer = torch.optim.SGD(heads, lr=0.1)
-    specimen.loss(model, given).backward()  # type: ignore[no-untyped-call]
+    model = trial.adapted(config=trial.config(lora_dropout=0.0, **settings)).train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    for part in range(2):
+        specimen.loss(model, trial.inputs(part)).backward()  # type: ignore[no-untyped-call]
+        if disabled and not part:
+            _ask_the_base(trial, model, trained)
     optimizer.step()
-    model.zero_grad()
-    trial.unmerged(model)
-    if torch.equal(trial.call(model, given), fresh):
-        fail("no-effect", expected="a trained lm_head to change the outputs", actual="none changed")
+    return {name: p.detach() for name, p in trained.items()}
+
+
+def _ask_the_base(trial: Trial, model: nn.Module, trained: Mapping[str, Tensor]) -> None:
+    """Call the model disabled; the gradients that there were are there again."""
+    held = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+    adapter: Any = trial.adapter
+    with adapter.disable(model):
+        trial.call(model, trial.inputs())
+    for name, gradient in held.items():
+        now = trained[name].grad
+        if now is None:
+            fail(
+                "state",
+                expected="a gradient to be there after `disable`, as before",
+                actual="it is gone",
+                where=name,
+            )
+        trial.same_bits(now, gradient, f"gradient of {name} after `disable`")
 
 
 @spec(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from harness.adapter import LoraConfig
     from harness.trial import Trial
 
+FIRST = "`save` writes the first adapter, while the second acts"
+
 
 @spec(
     "several/other-settings",
@@ -202,16 +204,37 @@ def added_names_are_loud(trial: Trial) -> None:
     source=(DESIGN, "DESIGN.md, save: factors, scaling and settings restored"),
     needs=("several/other-settings", "checkpoint/save-restores-settings"),
     features=("multi_adapter", "save"),
-    cases=(Case(), Case(way="rank")),
+    cases=(
+        Case(),
+        Case(way="rank"),
+        Case(way="rslora"),
+        Case(way="first-drops", dropout=0.5),
+        Case(way="second-drops", dropout=0.5),
+    ),
 )
 def saves_one_adapter(trial: Trial) -> None:
-    """Load what was saved into a bare base: its outputs are those of one of the two adapters."""
+    """Load what was saved into a bare base: it is one of the two adapters, in all it does."""
+    asks = {"rslora": "rslora", "first-drops": "dropout", "second-drops": "dropout"}
+    feature = asks.get(trial.case.way, "save")
+    if not trial.claims(feature):
+        trial.notes.append(f"{feature} is not claimed")
+    elif feature == "dropout":
+        _saves_its_dropout(trial)
+    else:
+        _saves_its_outputs(trial)
+
+
+def _saves_its_outputs(trial: Trial) -> None:
     x, folder = trial.inputs(), trial.folder()
     model = trial.adapted()
     first = trial.call(model, x)
     adapter: Any = trial.adapter
-    rank = trial.case.r + (2 if trial.case.way == "rank" else 0)
-    adapter.add(model, "second", trial.config(r=rank, lora_alpha=3 * trial.case.alpha))
+    others: dict[str, dict[str, Any]] = {
+        "": {"lora_alpha": 3 * trial.case.alpha},
+        "rank": {"lora_alpha": 3 * trial.case.alpha, "r": trial.case.r + 2},
+        "rslora": {"use_rslora": True},
+    }
+    adapter.add(model, "second", trial.config(**others[trial.case.way]))
     activate(trial, model, "second")
     trial.randomize(model, seed=1)
     second = trial.call(model, x)
@@ -220,7 +243,29 @@ def saves_one_adapter(trial: Trial) -> None:
     trial.unmerged(loaded)
     found = trial.call(loaded, x)
     if found.equal(first):  # that the one which acts is meant is said of state_dict, not of save
-        trial.notes.append("`save` writes the first adapter, while the second acts")
+        trial.notes.append(FIRST)
         return
 
     trial.same_bits(found, second, "outputs of the adapter that acted, saved and loaded")
+
+
+def _saves_its_dropout(trial: Trial) -> None:
+    """One adapter drops and the other does not: what is loaded does as the one whose values it has."""
+    from harness import descent
+
+    folder, p = trial.folder(), trial.case.dropout
+    first, second = (p, 0.0) if trial.case.way == "first-drops" else (0.0, p)
+    model = trial.adapted(config=trial.config(lora_dropout=first))
+    values = trial.snapshot(model)
+    adapter: Any = trial.adapter
+    adapter.add(model, "second", trial.config(lora_dropout=second))
+    activate(trial, model, "second")
+    trial.randomize(model, seed=1)
+    adapter.save(model, folder)
+    loaded = adapter.load(trial.base(), folder, trainable=True)
+    found = descent.pairs(trial.snapshot(loaded), values)
+    is_first = all(one.equal(other) for _, (one, other) in found)
+    if is_first:
+        trial.notes.append(FIRST)
+
+    _drops(trial, loaded, first if is_first else second, "the adapter that was saved, once loaded,")

@@ -260,6 +260,19 @@ def test_what_no_axis_holds_is_left_out_of_the_charts(pages):
     assert not [row for row in costs if any(isinstance(one, str) for one in row["values"])]
 
 
+def test_claims_without_a_judgement_are_told(tmp_path):
+    """Beside the verdict stand what works unclaimed, and what is claimed and was not judged."""
+    claims = {"unclaimed": ["float64"], "unjudged": ["compile", TAG]}
+    told, silent = samples.write(tmp_path, samples.check(**claims), samples.check("silent"))
+    for path in (told, silent):
+        main(["report", str(path), "--html", str(path.with_suffix(".html"))])
+
+    text = told.with_suffix(".html").read_text()
+    assert '<p class="facts">Works, but is not claimed: float64</p>' in text
+    assert '<p class="facts">Claimed, not judged: compile, &lt;script&gt;' in text
+    assert "Claimed, not judged" not in silent.with_suffix(".html").read_text()
+
+
 def test_equal_results_have_records_of_their_own(tmp_path):
     """A spec told twice in the same words has two records, each with its id."""
     report = samples.check("twice", {"merge/same-output": "failed"})

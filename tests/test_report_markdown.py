@@ -61,6 +61,19 @@ def test_a_blocked_spec_has_no_line_of_its_own():
     assert "1 failed, 1 blocked, 71 passed." in text
 
 
+def test_claims_without_a_judgement_are_told():
+    """A line for what works unclaimed, and one for what is claimed and was not judged."""
+    report = samples.check(unclaimed=["float64"], unjudged=["compile", "ddp"])
+
+    lines = markdown.report(whole(report)).splitlines()
+    assert lines[4:7] == [
+        "Works, but is not claimed: `float64`.",
+        "",
+        "Claimed, not judged: `compile`, `ddp`.",
+    ]
+    assert "laimed" not in markdown.report(whole(samples.check()))
+
+
 def test_an_unfinished_report_says_so():
     """A cut-off run is told as one."""
     assert "**Unfinished:**" in markdown.report(whole(samples.check(finished=False)))

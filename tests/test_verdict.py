@@ -9,14 +9,15 @@ import sys
 
 import pytest
 
-from harness import UsageError, check
+from harness import Capabilities, UsageError, check
 from harness.case import Case
 from harness.failure import Failure
 from harness.faults.initialization import gives_a_convolution_a_bias
 from harness.judge import Result
 from harness.reach import EVERY_KIND, kind_of, reach
-from harness.spec import catalogue
+from harness.spec import catalogue, select
 from harness.telling import tell
+from harness.verdict import Verdict, unjudged
 
 
 def outcomes(verdict):
@@ -221,6 +222,51 @@ def test_the_verdict_as_json_holds_what_the_contract_says():
     assert {"case", "expected", "actual", "measured", "allowed", "looks_like", "reproduce"} <= set(
         failed["failures"][0]
     )
+
+
+def test_a_claim_that_no_spec_asks_for_is_named():
+    """Of all that can be claimed, an ordinary run judges all but these; what is not claimed is not asked."""
+    features = Capabilities.KNOWN["features"]
+    core = [
+        Result(spec=item.id, level=item.level, outcome="passed") for item in select(()).values()
+    ]
+    idle = [Result(spec=one.spec, level=one.level, outcome="not_claimed") for one in core]
+
+    assert unjudged(features, core) == ["quantized_base in 8 bits", "compile", "ddp", "fsdp"]
+    assert unjudged(["merge", "ddp"], idle) == ["merge", "ddp"]
+    assert unjudged([], core) == []
+
+
+def test_a_verdict_tells_what_it_has_not_judged():
+    """Silence of a feature that is claimed is no proof of it; of a part of the specs nobody expects one."""
+    verdict = check(stranger("correct"), tier="smoke")
+    part = check(stranger("correct"), only=["forward/scaling"])
+
+    assert {"compile", "ddp", "save"} <= set(verdict.unjudged)
+    assert "merge" not in verdict.unjudged
+    assert verdict.as_dict()["unjudged"] == verdict.unjudged
+    assert part.unjudged == []
+
+
+def test_what_is_said_of_claims_is_a_line_each():
+    """What works unclaimed, and what is claimed and was not judged, stand before the last word."""
+    verdict = Verdict(
+        adapter={"name": "acme", "version": "1"},
+        verdict="CONFORMS",
+        required=1,
+        ran=1,
+        results=[],
+        unclaimed=["float64"],
+        unjudged=["compile", "ddp"],
+    )
+
+    assert tell(verdict).splitlines()[-5:] == [
+        "Works, but is not claimed: float64",
+        "",
+        "Claimed, not judged: compile, ddp",
+        "",
+        "CONFORMS: 1 of 1 required specs ran",
+    ]
 
 
 def test_a_case_survives_its_text_form():

@@ -248,3 +248,18 @@ class NoBias(Selects):
 )
 def leaves_the_bias_on_b_out() -> Adapter:
     return NoBias()
+
+
+class NoBuffers(Selects):
+    def chosen(self, model: nn.Module, key: str) -> bool:
+        kept = self.whole_tensors(model).get(key)
+        return kept is None or isinstance(kept, nn.Parameter)
+
+
+@fault(
+    sin="Of a module that is saved whole the parameters are saved, and its buffers are not.",
+    killed_by="checkpoint/saved-module-buffers",
+    varies="a batch norm in modules_to_save, in eval mode",
+)
+def leaves_the_buffers_of_saved_modules_out() -> Adapter:
+    return NoBuffers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,27 @@ class Pickles(Reference):
 )
 def pickles_its_settings() -> Adapter:
     return Pickles()
+
+
+class PicklesBeside(Reference):
+    def save(self, model: nn.Module, directory: Path) -> None:
+        super().save(model, directory)
+        (directory / "adapter.json").unlink()
+        torch.save(self.config(model), directory / "adapter.pt")
+
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        config = torch.load(directory / "adapter.pt", weights_only=False)
+        (directory / "adapter.json").write_text(json.dumps(asdict(config)), encoding="utf-8")
+        return super().load(base, directory, trainable=trainable)
+
+
+@fault(
+    sin="`save` pickles the settings beside the tensors.",
+    killed_by="checkpoint/save-is-safe",
+    varies="a reader that runs no code",
+)
+def saves_its_settings_by_pickle() -> Adapter:
+    return PicklesBeside()
 
 
 class Negates(Reference):

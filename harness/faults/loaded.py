@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from harness.adapter import Adapter
 
 TRAINS = "checkpoint/load-trainability"
+BESIDE = "checkpoint/load-trainability-beside-factors"
 MODE = "checkpoint/load-keeps-mode"
 
 
@@ -62,6 +63,57 @@ class Thaws(Reference):
 )
 def loading_frees_the_base() -> Adapter:
     return Thaws()
+
+
+class FactorsAlone(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        model = super().load(base, directory, trainable=trainable)
+        for tensor in (self.biases(model) | self.whole_tensors(model)).values():
+            tensor.requires_grad_(False)
+        return model
+
+
+@fault(
+    sin="Of an adapter loaded to be trained on the factors train, its biases and modules do not.",
+    killed_by=BESIDE,
+    varies="load with trainable=True, with biases or modules_to_save",
+)
+def loading_frees_the_factors_alone() -> Adapter:
+    return FactorsAlone()
+
+
+class FreezesFactors(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        model = super().load(base, directory, trainable=True)
+        for tensor in self.factor_tensors(model).values():
+            tensor.requires_grad_(trainable)
+        return model
+
+
+@fault(
+    sin="Of an adapter loaded for inference the factors are frozen, its biases and modules train.",
+    killed_by=BESIDE,
+    varies="load with trainable=False, with biases or modules_to_save",
+)
+def loading_freezes_the_factors_alone() -> Adapter:
+    return FreezesFactors()
+
+
+class ForgetsOnB(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        model = super().load(base, directory, trainable=trainable)
+        for key, tensor in self.factor_tensors(model).items():
+            tensor.requires_grad_(trainable and "lora_bias" not in key)
+        return model
+
+
+@fault(
+    sin="The bias on B of an adapter loaded to be trained on is frozen.",
+    killed_by=BESIDE,
+    varies="load with trainable=True, under lora_bias",
+)
+def loading_freezes_the_bias_on_b() -> Adapter:
+    return ForgetsOnB()
 
 
 class Eval(Reference):

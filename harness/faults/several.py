@@ -6,7 +6,6 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from harness.adapter import load_exactly, matches
-from harness.adapters import settings
 from harness.adapters.equation import dropout_of
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
@@ -15,7 +14,6 @@ from harness.faults.wrong import layer, wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -304,15 +302,3 @@ def added_dropout_acts_in_eval() -> Adapter:
 )
 def adding_ends_train_mode() -> Adapter:
     return adding(lambda self, model, name: model.eval())  # noqa: ARG005
-
-
-@fault(
-    sin="`save` writes the values of the adapter that acts beside the settings of the first.",
-    killed_by="several/saves-one-adapter",
-    varies="saving a second adapter of another alpha",
-)
-def saves_with_the_first_settings() -> Adapter:
-    def save(self: Any, model: nn.Module, directory: Path) -> None:
-        settings.write(directory, self.state(model).configs["default"], self.state_dict(model))
-
-    return wrong(save=save)

@@ -33,6 +33,20 @@ def deleting_leaves_the_parameters() -> Adapter:
 
 
 @fault(
+    sin="Deleting takes every adapter whose name begins alike.",
+    killed_by="several/delete",
+    varies="names that begin alike",
+)
+def deleting_takes_names_that_begin_alike() -> Adapter:
+    def delete(self: Any, model: nn.Module, name: str) -> None:
+        self.require_adapter(model, name)
+        for other in [one for one in self.state(model).configs if one.startswith(name)]:
+            Reference.delete(self, model, other)
+
+    return wrong(delete=delete)
+
+
+@fault(
     sin="Something keeps the modules of a deleted adapter.",
     killed_by="several/deleted-is-freed",
     replays=("140",),
@@ -60,6 +74,20 @@ def activating_leaves_what_is_merged() -> Adapter:
             Reference.require_unmerged(self, model, verb)
 
     return wrong(require_unmerged=require_unmerged)
+
+
+@fault(
+    sin="Adding an adapter while one is merged forgets that it is: its update acts twice.",
+    killed_by="several/while-merged",
+    varies="adding while merged",
+)
+def adding_forgets_what_is_merged() -> Adapter:
+    def add(self: Any, model: nn.Module, name: str, config: Any, *, trainable: bool = True) -> None:
+        for adapted in self.layers(model).values():
+            adapted.kept = []
+        Reference.add(self, model, name, config, trainable=trainable)
+
+    return wrong(add=add)
 
 
 MERGES = "several/merges-the-active"

@@ -56,6 +56,61 @@ def leaving_disable_activates_the_first() -> Adapter:
 
 
 @fault(
+    sin="Leaving a `disable` switches the adapter on, whether it was on or not.",
+    killed_by="several/disabled-nested",
+    varies="a `disable` inside another",
+)
+def leaving_the_inner_disable_enables() -> Adapter:
+    @contextmanager
+    def disable(self: Any, model: nn.Module) -> Iterator[None]:
+        try:
+            with Reference.disable(self, model):
+                yield
+        finally:
+            for wrapper in self.wrappers(model):
+                wrapper.enabled = True
+
+    return wrong(disable=disable)
+
+
+@fault(
+    sin="Leaving `disable` sets the gradients to None.",
+    killed_by="several/disabled-in-training",
+    varies="gradients that were there before",
+)
+def leaving_disable_drops_the_gradients() -> Adapter:
+    @contextmanager
+    def disable(self: Any, model: nn.Module) -> Iterator[None]:
+        with Reference.disable(self, model):
+            yield
+        model.zero_grad()
+
+    return wrong(disable=disable)
+
+
+@fault(
+    sin="`disable` freezes what trains, and on leaving frees the factors alone.",
+    killed_by="several/disabled-in-training",
+    varies="modules_to_save or biases that train",
+)
+def leaving_disable_frees_the_factors_alone() -> Adapter:
+    @contextmanager
+    def disable(self: Any, model: nn.Module) -> Iterator[None]:
+        trained = [p for p in self.trained(model).values() if p.requires_grad]
+        factors = {id(tensor) for tensor in self.factor_tensors(model).values()}
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            with Reference.disable(self, model):
+                yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(id(parameter) in factors)
+
+    return wrong(disable=disable)
+
+
+@fault(
     sin="Inside `disable`, modules that were trained whole go on acting.",
     killed_by="several/disabled-leaves-saved-modules-out",
     replays=("95",),

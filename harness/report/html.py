@@ -25,6 +25,7 @@ from harness.report.schema import replace
 from harness.report.tables import Tables
 from harness.report.trend import Tracer
 from harness.report.words import (
+    CLAIMS,
     OUTCOMES,
     compact,
     exactly,
@@ -151,6 +152,7 @@ def _template() -> Any:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals |= {
+        "CLAIMS": CLAIMS,
         "OUTCOMES": OUTCOMES,
         "SIGNS": SIGNS,
         "compact": compact,

@@ -9,7 +9,16 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from harness.report.rows import place, told
-from harness.report.words import OUTCOMES, exactly, named, outcome, plain, plural, quantity
+from harness.report.words import (
+    CLAIMS,
+    OUTCOMES,
+    exactly,
+    named,
+    outcome,
+    plain,
+    plural,
+    quantity,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -114,6 +123,9 @@ def report(found: Mapping[str, Any]) -> str:
         required = found.get("required")
         ran = f" {found.get('ran')} of {required} required specs ran." if required else ""
         lines += [f"{sum_}.{ran}", ""]
+    for member, words in CLAIMS.items():
+        if found[member]:
+            lines += [f"{words}: {', '.join(code(name) for name in found[member])}.", ""]
     lines += table(
         ("spec", "outcome", "case", "expected", "actual", "measured / allowed"),
         _failures(found["results"]),

@@ -28,6 +28,9 @@ OUTCOMES = {
 }
 """A spec's outcomes, the loudest first, each with its sign: colour is never alone."""
 
+CLAIMS = {"unclaimed": "Works, but is not claimed", "unjudged": "Claimed, not judged"}
+"""What a verdict says of its claims beside the specs: members of a report, each with its words."""
+
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )

@@ -117,7 +117,7 @@ class Adapter:
 
     @contextlib.contextmanager
     def disable(self, model):
-        branches = self._branches(model).values()
+        branches = [b for b in self._branches(model).values() if b.on]
         merged = [b for b in branches if b.merged]
         try:
             for b in branches:

@@ -1,0 +1,58 @@
+"""Adapters that save one of several under settings of another."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from harness.adapters import settings
+from harness.faults.record import fault
+from harness.faults.wrong import wrong
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from harness.adapter import Adapter
+
+SAVES = "several/saves-one-adapter"
+
+
+def saving_with_the_first(*names: str) -> Adapter:
+    """A reference that writes these settings of the first adapter for whichever acts."""
+
+    def save(self: Any, model: nn.Module, directory: Path) -> None:
+        first = self.state(model).configs["default"]
+        mixed = {name: getattr(first, name) for name in names}
+        config = dataclasses.replace(self.config(model), **mixed)
+        settings.write(directory, config, self.state_dict(model))
+
+    return wrong(save=save)
+
+
+@fault(
+    sin="`save` writes the values of the adapter that acts beside the settings of the first.",
+    killed_by=SAVES,
+    varies="saving a second adapter of another alpha",
+)
+def saves_with_the_first_settings() -> Adapter:
+    return saving_with_the_first("r", "lora_alpha", "lora_dropout", "use_rslora")
+
+
+@fault(
+    sin="`save` writes the dropout of the first adapter for the one that acts.",
+    killed_by=SAVES,
+    varies="saving a second adapter of another dropout",
+)
+def saves_with_the_first_dropout() -> Adapter:
+    return saving_with_the_first("lora_dropout")
+
+
+@fault(
+    sin="`save` writes the use_rslora of the first adapter for the one that acts.",
+    killed_by=SAVES,
+    varies="saving a second adapter under rsLoRA",
+)
+def saves_with_the_first_rslora() -> Adapter:
+    return saving_with_the_first("use_rslora")
