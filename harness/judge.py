@@ -134,6 +134,7 @@ class Judge:
         self.claims: dict[str, list[str]] = described["capabilities"]
         self.known: list[Known] = []
         self.results: dict[str, Result] = {}
+        self._blocked: dict[str, list[str]] = {}
 
     def result(self, item: Spec) -> Result:
         """What becomes of a spec; judged the first time, with what it needs."""
@@ -155,10 +156,11 @@ class Judge:
             return result
         # Asked for one case, that is what is judged: what it needs was judged at cases of its own.
         needs = () if self._points.only is not None else item.needs
-        blockers = [need for need in needs if self._blocks(need)]
-        if blockers:
+        causes = list(dict.fromkeys(cause for need in needs for cause in self._causes(need)))
+        if causes:
             result.outcome = "blocked"
-            result.notes = [f"needs {', '.join(blockers)}"]
+            result.notes = [f"needs {', '.join(causes)}"]
+            self._blocked[item.id] = causes
             return result
         started = time.monotonic()
         self._ask_all(item, cases, result)
@@ -166,9 +168,13 @@ class Judge:
         self._settle(item, cases, result)
         return result
 
-    def _blocks(self, need: str) -> bool:
-        """A need that failed blocks; one that is not claimed or known to fail does not."""
-        return self.result(catalogue()[need]).outcome in {"failed", "blocked", "not_run"}
+    def _causes(self, need: str) -> list[str]:
+        """What blocks by a need: itself where it failed or was not run, else what it is blocked by.
+
+        One that is not claimed or known to fail does not block.
+        """
+        outcome = self.result(catalogue()[need]).outcome
+        return self._blocked.get(need, []) if outcome not in {"failed", "not_run"} else [need]
 
     def _claimed(self, case: Case) -> bool:
         layer = LAYER_OF.get(case.specimen, "linear")
@@ -299,7 +305,7 @@ class Judge:
             group = _group(name)
             if name in self.claims[group] or any(m not in self.methods for m in methods):
                 continue
-            if spec_id not in catalogue() or self._blocks(spec_id):
+            if spec_id not in catalogue() or self._causes(spec_id):
                 continue
             answer = self._session.ask(
                 {"do": "judge", "spec": spec_id, "case": str(case)}, limit=self._limit

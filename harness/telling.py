@@ -127,20 +127,31 @@ def tell(verdict: Verdict) -> str:
     not_run = [result for result in verdict.results if result.outcome == "not_run"]
     if not_run:
         blocks.append("Not run\n" + "\n".join(f"  {r.spec}: {'; '.join(r.notes)}" for r in not_run))
-    judged = {result.spec for result in verdict.results}
-    elsewhere = [
-        f"  {result.spec}: {note}, which does not hold; see --only {note.removeprefix('needs ').split(', ')[0]}"
-        for result in verdict.results
-        if result.outcome == "blocked"
-        for note in result.notes
-        if not judged & set(note.removeprefix("needs ").split(", "))
-    ]
-    if elsewhere:
+    if elsewhere := _blocked_elsewhere(verdict.results):
         blocks.append("Blocked\n" + "\n".join(elsewhere))
     if verdict.unclaimed:
         blocks.append(f"Works, but is not claimed: {', '.join(verdict.unclaimed)}")
     blocks.append(last_word(verdict))
     return "\n\n".join(blocks)
+
+
+def _blocked_elsewhere(results: Iterable[Result]) -> list[str]:
+    """A line for each cause that is not among what was asked for: what it blocks, how to see it."""
+    results = list(results)
+    judged = {result.spec for result in results}
+    blocked: dict[str, list[str]] = {}
+    for result in results:
+        causes = result.notes[0].removeprefix("needs ") if result.outcome == "blocked" else ""
+        if causes and not judged & set(causes.split(", ")):
+            blocked.setdefault(causes, []).append(result.spec)
+    lines = []
+    for causes, (first, *others) in blocked.items():
+        more = f" and {len(others)} more" if others else ""
+        lines.append(
+            f"  {first}{more}: {'need' if more else 'needs'} {causes}, which was not found to hold; "
+            f"see --only {causes.split(', ')[0]}"
+        )
+    return lines
 
 
 def header(verdict: Verdict) -> str:
