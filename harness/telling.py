@@ -37,7 +37,7 @@ def check_command(args: argparse.Namespace) -> int:
 
     if args.limit <= 0:
         raise UsageError("--limit: seconds must be more than 0")
-    case = Case.parse(args.case) if args.case else None
+    case = None if args.case is None else Case.parse(args.case)
     if case is not None and len(select(args.only)) != 1:
         raise UsageError("--case: name the one spec to judge with --only ID")
     live = sys.stdout.isatty()
@@ -45,7 +45,7 @@ def check_command(args: argparse.Namespace) -> int:
     asked = {
         "model": args.model,
         "tier": args.tier,
-        "device": args.device or "cpu",
+        "device": case.device if case else args.device or "cpu",
         "dtype": args.dtype,
         "seed": args.seed,
     }
