@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness._version import __version__
-from harness.case import SEEDS, Case
+from harness.case import SEEDS
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
@@ -207,7 +207,6 @@ def _check_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--case",
-        action=_At,
         metavar="NAME=VALUE,...",
         help="judge at this one case, as a failure record gives it",
     )
@@ -330,25 +329,6 @@ def _plan_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--checkpointing", type=_names("off", "on"), default=["off", "on"])
     p.add_argument("--quantization", type=_names("none", "nf4"), default=["none", "nf4"])
     _json(p)
-
-
-class _At(argparse.Action):
-    """`--case`: looked at before anything is started; its device has to be here, as --device's has."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,  # noqa: ARG002  # argparse gives it
-    ) -> None:
-        try:
-            case = Case.parse(str(values))
-        except UsageError as error:
-            parser.error(str(error))
-        namespace.case = str(values)
-        if case.device != "cpu":
-            namespace.device = case.device
 
 
 def _seed(text: str) -> int:

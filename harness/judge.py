@@ -127,9 +127,11 @@ class Judge:
             raise UsageError(
                 f"the adapter cannot be loaded: {described.how}; import it by itself to see why"
             )
-        device = (self._points.device or "cpu").split(":")[0]
-        if device not in described["devices"]:
-            raise UsageError(f"--device {device}: not here; have {', '.join(described['devices'])}")
+        only, here = self._points.only, described["devices"]
+        device = only.device if only else self._points.device or "cpu"
+        if device not in here:
+            option = "--case: device" if only else "--device"
+            raise UsageError(f"{option} {device}: not here; have {', '.join(here)}")
         self.name: str = described["name"]
         self.version: str = described["version"]
         self.methods: list[str] = described["methods"]

@@ -38,7 +38,7 @@ def check_command(args: argparse.Namespace) -> int:
 
     if args.limit <= 0:
         raise UsageError("--limit: seconds must be more than 0")
-    case = Case.parse(args.case) if args.case else None
+    case = None if args.case is None else Case.parse(args.case)
     if case is not None and len(select(args.only)) != 1:
         raise UsageError("--case: name the one spec to judge with --only ID")
     live = sys.stdout.isatty()
@@ -46,7 +46,7 @@ def check_command(args: argparse.Namespace) -> int:
     asked = {
         "model": args.model,
         "tier": args.tier,
-        "device": args.device or "cpu",
+        "device": case.device if case else args.device or "cpu",
         "dtype": args.dtype,
         "seed": args.seed,
     }
@@ -128,21 +128,35 @@ def tell(verdict: Verdict) -> str:
     not_run = [result for result in verdict.results if result.outcome == "not_run"]
     if not_run:
         blocks.append("Not run\n" + "\n".join(f"  {r.spec}: {'; '.join(r.notes)}" for r in not_run))
-    judged = {result.spec for result in verdict.results}
-    elsewhere = [
-        f"  {result.spec}: {note}, which does not hold; see --only {note.removeprefix('needs ').split(', ')[0]}"
-        for result in verdict.results
-        if result.outcome == "blocked"
-        for note in result.notes
-        if note.startswith("needs ") and not judged & set(note.removeprefix("needs ").split(", "))
-    ]
-    if elsewhere:
+    if elsewhere := _blocked_elsewhere(verdict.results):
         blocks.append("Blocked\n" + "\n".join(elsewhere))
     for member, words in CLAIMS.items():
         if names := getattr(verdict, member):
             blocks.append(wrapped(f"{words}: {', '.join(names)}", subsequent_indent="    "))
     blocks.append(last_word(verdict))
     return "\n\n".join(blocks)
+
+
+def _blocked_elsewhere(results: Iterable[Result]) -> list[str]:
+    """A line for each cause that is not among what was asked for: what it blocks, how to see it."""
+    results = list(results)
+    judged = {result.spec for result in results}
+    blocked: dict[str, list[str]] = {}
+    for result in results:
+        if result.outcome != "blocked":
+            continue
+        needs = next(note for note in result.notes if note.startswith("needs "))
+        causes = needs.removeprefix("needs ")
+        if not judged & set(causes.split(", ")):
+            blocked.setdefault(causes, []).append(result.spec)
+    lines = []
+    for causes, (first, *others) in blocked.items():
+        more = f" and {len(others)} more" if others else ""
+        lines.append(
+            f"  {first}{more}: {'need' if more else 'needs'} {causes}, which was not found to hold; "
+            f"see --only {causes.split(', ')[0]}"
+        )
+    return lines
 
 
 def header(verdict: Verdict) -> str:

@@ -74,8 +74,9 @@ def answer(adapter: Adapter, specs: dict[str, Spec], request: dict[str, Any]) ->
         import torch
 
         c = adapter.capabilities
+        cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return {
-            "devices": ["cpu", *(["cuda"] if torch.cuda.is_available() else [])],
+            "devices": ["cpu", *(["cuda"] if cards else []), *(f"cuda:{k}" for k in range(cards))],
             "name": adapter.name,
             "version": adapter.version,
             "capabilities": {name: sorted(getattr(c, name)) for name in c.KNOWN},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,7 +21,9 @@ from harness.measure.bench import _excused
 from harness.measure.bench import command as bench_command
 from harness.measure.cell import Cell, grid
 from harness.measure.counters import counting
+from harness.measure.phases import PHASES
 from harness.report import schema
+from harness.report.compare import compare
 from harness.report.schema import Recorder, read
 
 AXES = {
@@ -196,7 +200,9 @@ def a_report(*cells):
     return {
         "timings": [a_row(cell, name, 1.0) for cell in cells for name in shown],
         "memory": [a_row(cell, "peak_bytes", 1) for cell in cells],
-        "counters": [a_row(cell, "operations", 1) for cell in cells],
+        "counters": [
+            a_row(cell, name, 1) for cell in cells for name in ("operations", "python_calls")
+        ],
     }
 
 
@@ -226,6 +232,15 @@ def test_rows_that_are_not_whole_are_measured_again(change):
     before = a_report(cell)
     before["timings"][0] |= change
     del before["memory"][0]["version"]
+
+    assert resume.kept(before, [cell], {"peft": "1"}) == {}
+
+
+def test_a_cell_from_before_injection_was_counted_is_measured_again():
+    """Kept beside new ones, it would lack their rows, and a comparison would call them removed."""
+    cell = Cell(adapter="peft")
+    before = a_report(cell)
+    before["counters"] = [row for row in before["counters"] if row["metric"] != "python_calls"]
 
     assert resume.kept(before, [cell], {"peft": "1"}) == {}
 
@@ -301,7 +316,7 @@ def test_a_model_too_large_for_this_machine_is_refused(capsys, monkeypatch):
     )
 
 
-def bench(folder, *arguments):
+def bench(folder, *arguments, **environment):
     """The command in a process of its own, where killed.py can be imported."""
     (folder / "killed.py").write_text(KILLER)
     return subprocess.run(
@@ -314,8 +329,63 @@ def bench(folder, *arguments):
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
+
+
+GROWN = """
+import os
+import torch
+from harness.adapters.peft import Peft
+
+SIZE, MORE = (1000, 3) if os.environ.get("GROWN") else (1, 0)
+
+class Grown(Peft):
+    def inject(self, model, config):
+        self.kept = torch.ones(SIZE)
+        return super().inject(model, config)
+
+    def merge(self, model):
+        super().merge(model)
+        for _ in range(MORE):
+            torch.ones(1)
+"""
+
+
+def test_every_phase_is_counted_and_what_grew_is_told(tmp_path):
+    """Of two runs under two hash seeds, an injection and a merge that grew are worse, and no other row."""
+    (tmp_path / "grown.py").write_text(GROWN)
+    paths = [tmp_path / f"{name}.json" for name in ("old", "new")]
+
+    def run(seed):
+        arguments = ("--adapter", "grown:Grown", "--json", str(paths[seed]))
+        return bench(tmp_path, *arguments, PYTHONHASHSEED=str(seed), GROWN="1" * seed)
+
+    with ThreadPoolExecutor() as pool:
+        runs = list(pool.map(run, range(2)))
+    for done in runs:
+        assert done.returncode == 0, done.stderr
+        assert "injection" not in done.stdout
+    found = compare(*map(read, paths))
+    rows = {row.name: row for row in found.rows if row.verdict not in {None, "same"}}
+    counted = {
+        (row["phase"], row["metric"])
+        for row in read(paths[0])["counters"]
+        if row["subject"] == "grown:Grown"
+    }
+
+    metrics = ("operations", "flops", "allocated_bytes", "saved_bytes", "python_calls")
+    assert counted >= set(itertools.product(PHASES, metrics))
+    assert set(rows) == {
+        "grown:Grown injection allocated_bytes",
+        "grown:Grown injection peak_bytes",
+        "grown:Grown injection peak_bytes other",
+        "grown:Grown merge allocated_bytes",
+        "grown:Grown merge operations",
+    }
+    assert {row.verdict for row in rows.values()} == {"worse"}
+    assert rows["grown:Grown merge operations"].why.endswith(": aten.ones.default +3")
+    assert main(["compare", *map(str, paths)]) == 1
 
 
 def test_a_killed_cell_is_a_row_and_resuming_runs_it_again(tmp_path):

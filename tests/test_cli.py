@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness import UsageError, check
 from harness.case import Case
 from harness.spec import catalogue
 
@@ -114,7 +115,11 @@ def test_a_case_on_a_device_that_is_not_here_is_wrong_usage():
     done = run("check", "reference", "--only", "forward/scaling", "--case", "device=cuda")
 
     assert (done.returncode, done.stdout) == (2, "")
-    assert "--device cuda: not here; have cpu" in done.stderr
+    assert "--case: device cuda: not here; have cpu" in done.stderr
+    with pytest.raises(UsageError, match=r"^--device cuda: not here; have cpu$"):
+        check("reference", only=["forward/scaling"], device="cuda")
+    with pytest.raises(UsageError, match=r"^--case: device cuda: not here; have cpu$"):
+        check("reference", only=["forward/scaling"], case=Case(device="cuda"))
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -145,6 +145,20 @@ def test_large_counts_keep_every_bit(old):
     assert cost_row("counter", cost(old), cost(old + 1)).verdict == "worse"
 
 
+def test_a_count_names_what_there_is_more_of():
+    """The operations whose number moved, the most first, three of them; also where the sum is the same."""
+    old = {"mm": 7, "add": 3, "mul": 1}
+    told = lambda **new: cost_row(  # noqa: E731
+        "counter",
+        cost(sum(old.values()), by_name=old),
+        cost(sum(new.values()), by_name=new),
+    )
+
+    assert told(mm=7, add=5, mul=1).why == "more (+18 %): add +2"
+    assert told(mm=7, add=1, div=2, sub=1).why == "as many: add -2, div +2, mul -1 and 1 more"
+    assert told(mm=7, add=3, mul=1).why == "exactly"
+
+
 def test_conditions_are_one_whatever_their_order():
     """The same nested conditions, written in another order, are the same row."""
     nested = {"plan": {"a": 1, "b": [2, {"c": 3, "d": 4}]}}
@@ -358,6 +372,20 @@ def test_another_machine_rules_out_memory_and_not_counters():
         "timing",
     }
     assert {row.section for row in found.rows if row.verdict == "same"} == {"counter"}
+
+
+def test_another_python_rules_out_its_calls_alone():
+    """The same code enters other functions there."""
+    old, new = samples.head("bench", "old"), samples.head("bench", "new")
+    for report, calls in ((old, 100), (new, 90)):
+        report["counters"] = [cost(7), cost(calls, metric="python_calls", unit="calls")]
+    new["environment"]["python"]["version"] = "3.12.1"
+
+    found = compare(whole(old), whole(new))
+    assert {row.name: row.verdict for row in found.rows} == {
+        "peft bytes": "same",
+        "peft python_calls": "incomparable",
+    }
 
 
 def test_another_version_is_told_and_rules_out_nothing():

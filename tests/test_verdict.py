@@ -91,6 +91,24 @@ def test_a_failure_reaches_the_kinds_of_layers_below_its_own(outcome, told, kind
     assert reach(Result(spec="", level="MUST", outcome=outcome, failures=failures)) == kinds
 
 
+@pytest.mark.parametrize(
+    ("only", "line"),
+    [
+        ("merge/no-drift", "merge/no-drift: needs"),  # by way of merge/restores-base
+        ("several", "several/while-merged and 1 more: need"),
+    ],
+)
+def test_what_is_blocked_from_outside_the_selection_names_its_cause(only, line):
+    """One line says what did not hold in the end, and how to see it."""
+    verdict = check("harness.faults.merge:scale_applied_twice_on_merge", only=[only])
+
+    assert verdict.exit_code == 3
+    assert tell(verdict).split("\n\n")[2] == (
+        f"Blocked\n  {line} merge/same-output, which was not found to hold; "
+        "see --only merge/same-output"
+    )
+
+
 def test_an_adapter_that_does_nothing_never_conforms():
     """Doing nothing at all is told apart from doing nothing wrong."""
     verdict = check(stranger("does_nothing"))

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
-from statistics import median
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import nn
-
-    from harness.measure.ledger import Kind
+    from collections.abc import Sequence
 
 BASE, FULL = "base", "full"
 """The rows without LoRA: the bare base's forward, and full fine-tuning."""
@@ -91,36 +86,59 @@ def grid(
 
 
 def measure(cell: Cell) -> Rows:
-    """Run a cell in this process: counters, times, memory, as rows of a report."""
+    """Run a cell in this process, which is its own: counters, times, memory, as rows of a report."""
+    import gc
     import warnings
 
     import torch
 
-    from harness import base, registry
-    from harness.measure import clock
+    from harness import registry
+    from harness.measure import clock, phases
+    from harness.measure.meter import Meter
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(cell.threads)
     torch.manual_seed(0)
     if cell.budget is not None:
         clock.limit_gpu(cell.budget, cell.device)
-    found: Any = base.load(_model_settings(cell))
-    if cell.checkpointing:
-        found.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapter: Any = None
-    version = None
     if cell.adapter not in {BASE, FULL}:
         adapter = registry.resolve(cell.adapter)
-        version = adapter.version
         if lacking := not_claimed(adapter, dtype=cell.dtype, checkpointing=cell.checkpointing):
             raise NotClaimed(lacking)
     where = {
         "subject": cell.adapter,
-        "version": version,
+        "version": adapter and adapter.version,
         "model": cell.model,
         "conditions": cell.conditions,
     }
-    return _measured(cell, found, adapter, where)
+    phases.settle_torch()
+    gc.freeze()  # every count and clock collects garbage first: nothing of the libraries is any
+    # What a first time costs (caches, imports) would hang on what ran before: it is paid beforehand.
+    _live(replace(cell, model="tiny", batch=1, sequence=8), adapter, Meter(cell, where).count)
+    gc.freeze()
+    meter = Meter(cell, where)
+    _live(cell, adapter, meter)
+    return meter.rows
+
+
+def _live(cell: Cell, adapter: Any, meter: Any) -> None:
+    """The phases that the cell has, on a base of its own, each by the meter."""
+    from harness import base
+    from harness.adapter import LoraConfig
+    from harness.measure import phases
+
+    model: Any = base.load(_model_settings(cell))
+    if cell.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    given = phases.batch_of(model, batch=cell.batch, sequence=cell.sequence)
+    if adapter is not None:
+        config = LoraConfig(r=cell.r, lora_alpha=2.0 * cell.r, target_modules="all-linear")
+        phases.live(adapter, model, config, given, meter)
+    elif cell.adapter == FULL:
+        phases.train(model.requires_grad_(True), given, meter)
+    else:
+        phases.evaluate(model.requires_grad_(False), given, meter)
 
 
 def _model_settings(cell: Cell) -> dict[str, Any]:
@@ -154,104 +172,3 @@ def not_claimed(adapter: Any, *, dtype: str, checkpointing: bool) -> str:
 
 class NotClaimed(Exception):  # noqa: N818  # it is no error: the cell is not asked for
     """A cell that the implementation does not claim: why."""
-
-
-def _measured(cell: Cell, model: nn.Module, adapter: Any, where: dict[str, Any]) -> Rows:
-    import torch
-
-    from harness.adapter import LoraConfig
-    from harness.measure import clock, phases
-    from harness.measure.counters import counting
-
-    rows: Rows = {"timings": [], "memory": [], "counters": []}
-    full = cell.adapter == FULL
-    given = phases.batch_of(model, batch=cell.batch, sequence=cell.sequence)
-    asked = {"input_ids": given["input_ids"]}
-    tokens = cell.batch * cell.sequence
-    limit = clock.product_flops_per_second(
-        cell.device, torch.bfloat16 if cell.dtype == "nf4" else getattr(torch, cell.dtype)
-    )
-
-    def timed(phase: str, work: Callable[[], object], flops: int) -> None:
-        samples = clock.seconds_of(work, device=cell.device, repeats=cell.repeats)
-        second = median(samples)
-        row = {**where, "phase": phase}
-        rows["timings"] += [
-            row | {"metric": "seconds", "value": second, "unit": "s", "samples": samples},
-            row
-            | {
-                "metric": "tokens_per_second",
-                "value": tokens / second,
-                "unit": "tokens/s",
-                "better": "higher",
-            },
-            row
-            | {
-                "metric": "share_of_limit",
-                "value": 100 * flops / second / limit,
-                "unit": "%",
-                "better": "higher",
-            },
-        ]
-
-    def forward() -> None:
-        with torch.no_grad():
-            model(**asked)
-
-    def counted(phase: str, work: Callable[[Any], object]) -> int:
-        width = phases.vocabulary_of(model)
-        trained: Kind = "base weights" if full else "adapters"
-        with counting(model, logits_width=width, trained=trained) as count:
-            work(count.ledger)
-        result = count.result()
-        rows["counters"] += result.rows(**where, phase=phase)
-        rows["memory"] += result.memory_rows(**where, phase=phase)
-        return result.total_flops
-
-    if adapter is not None:
-        config = LoraConfig(r=cell.r, lora_alpha=2.0 * cell.r, target_modules="all-linear")
-        model = adapter.inject(model, config)
-        state = adapter.state_dict(model)
-    elif full:
-        model.requires_grad_(True)
-        state = model.state_dict()
-    else:
-        model.requires_grad_(False)
-        state = {}
-    if not getattr(adapter, "eval_merges", False):
-        model.eval()
-    forward()
-    timed("evaluation-forward", forward, counted("evaluation-forward", lambda _: forward()))
-    if cell.adapter != BASE:
-        model.train()
-        optimizer = phases.optimizer_of(model)
-        phases.training_step(model, given, optimizer)
-        flops = counted(
-            "training-step",
-            lambda ledger: phases.training_step(model, given, optimizer, ledger),
-        )
-        clock.reset_peak(cell.device)
-        timed("training-step", lambda: phases.training_step(model, given, optimizer), flops)
-        rows["memory"] += [
-            {**where, "phase": "training-step", "metric": name, "value": size, "unit": "B"}
-            | {"exact": False}
-            for name, size in clock.peak_memory(cell.device).items()
-        ]
-        sizes = {
-            "checkpoint_bytes": (phases.checkpoint_bytes(state), "B"),
-            "trained_parameters": (
-                sum(p.numel() for p in model.parameters() if p.requires_grad),
-                "parameters",
-            ),
-        }
-        rows["counters"] += [
-            {**where, "phase": "training-step", "metric": metric, "value": value, "unit": unit}
-            for metric, (value, unit) in sizes.items()
-        ]
-        del optimizer
-    if adapter is not None and "merge" in adapter.capabilities.features:
-        model.eval()
-        adapter.merge(model)
-        forward()
-        timed("merged-forward", forward, counted("merged-forward", lambda _: forward()))
-    return rows

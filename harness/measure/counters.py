@@ -7,10 +7,14 @@ count.result().flops
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from harness.measure.ledger import Ledger, uncollected
 
@@ -23,6 +27,10 @@ if TYPE_CHECKING:
     from harness.adapter import Adapter
     from harness.measure.ledger import Kind
 
+_LEDGER = Path(Ledger.label.__code__.co_filename)
+# torch looks up a rule in Python for every operation that a dispatch mode sees (2.6 on).
+_MEASURING = {str(_LEDGER), str(Path(torch.__file__).parent / "_library" / "simple_registry.py")}
+_HERE = f"{_LEDGER.parent}{os.sep}"
 _GENERATOR = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
 
 
@@ -96,7 +104,6 @@ class Count:
 
     ledger: Ledger
     calls: int | None = None
-    _result: Counters | None = field(default=None, repr=False)
 
     def result(self, *, packed: bool = False) -> Counters:
         """The record; with `packed`, the peak as if packed weights lay in 4 bits."""
@@ -127,9 +134,9 @@ def counting(
     `trained` is base weights too.
     """
     ledger = Ledger(logits_width=logits_width)
+    if model is not None:
+        open_books(ledger, model, adapter, trained)
     with ledger.writing():
-        if model is not None:
-            open_books(ledger, model, adapter, trained)
         yield Count(ledger)
 
 
@@ -149,21 +156,33 @@ def open_books(
     ledger.opening((p.grad for p in model.parameters() if p.grad is not None), "gradients")
 
 
-@dataclass(slots=True)
 class Calls:
-    """Python functions entered; generators are left out, and so are built-ins."""
+    """Python functions entered; generators are left out, and so are built-ins.
 
-    count: int = 0
+    So is the measuring itself: a function of this folder is not counted, nor what a ledger calls. The
+    count is the same with a ledger and without.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._skipped: FrameType | None = None
 
     def event(self, frame: FrameType, event: str, arg: object) -> None:  # noqa: ARG002
         """What `sys.setprofile` calls."""
-        if event == "call" and not frame.f_code.co_flags & _GENERATOR:
-            self.count += 1
+        if self._skipped is not None:
+            if event == "return" and frame is self._skipped:
+                self._skipped = None
+        elif event == "call":
+            code = frame.f_code
+            if code.co_filename in _MEASURING:
+                self._skipped = frame
+            elif not code.co_flags & _GENERATOR and not code.co_filename.startswith(_HERE):
+                self.count += 1
 
 
 @contextmanager
 def counting_calls() -> Iterator[Calls]:
-    """Count the Python functions entered inside, with no dispatch mode that would add its own."""
+    """Count the Python functions entered inside, on this thread."""
     calls = Calls()
     with uncollected():
         sys.setprofile(calls.event)

@@ -2,16 +2,16 @@
 
     injection ─ training-forward ─ evaluation-forward ─ training-step ─ save ─ load ─ merge ─ merged-forward
 
-A life is lived twice on two fresh bases: once under the ledger, once under the count of Python calls,
-since a dispatch mode makes calls of its own. What is lazy (caches, imports) is warmed before.
+What is lazy (caches, imports, what torch keeps of each operation that a ledger sees) is warmed in a
+life before, whose counters nobody is told.
 """
 
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -19,13 +19,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from harness.measure.counters import Counters, counting, counting_calls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from contextlib import AbstractContextManager
+    from collections.abc import Mapping
 
     from torch import Tensor, nn
 
     from harness.adapter import Adapter, LoraConfig
-    from harness.measure.ledger import Ledger
+    from harness.measure.ledger import Kind, Ledger
 
 Phase = Literal[
     "injection",
@@ -40,6 +39,15 @@ Phase = Literal[
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 Batch = dict[str, "Tensor"]
+Work = Callable[["Ledger | None"], Any]
+"""What a phase does; it tells a ledger, where there is one, what is what."""
+
+
+class Meter(Protocol):
+    """Runs a phase's work on a model, measures what it likes, and returns what the work returns."""
+
+    def __call__(self, phase: Phase, model: nn.Module, work: Work, /) -> Any:
+        """Run it."""
 
 
 def batch_of(model: nn.Module, *, batch: int, sequence: int, seed: int = 0) -> Batch:
@@ -107,6 +115,15 @@ def count_step(
     return count.result()
 
 
+def settle_torch() -> None:
+    """Let torch patch its optimizers now, as it does for good once anything in a process is compiled.
+
+    Importing PEFT compiles something; a count of Python calls would hang on whether it was.
+    """
+    with suppress(RuntimeError):  # an old torch that knows no compiler for this Python
+        torch.compile(lambda: None, backend="eager")
+
+
 def count_phases(
     adapter: Adapter,
     build: Callable[[], nn.Module],
@@ -114,7 +131,6 @@ def count_phases(
     *,
     batch: int = 1,
     sequence: int = 16,
-    calls: bool = True,
 ) -> dict[Phase, Counters]:
     """Counters of every phase that the adapter claims.
 
@@ -124,85 +140,96 @@ def count_phases(
         config: what to adapt.
         batch: sequences of a batch.
         sequence: tokens of a sequence.
-        calls: count Python calls too; meaningless under fake tensors, which make their own.
     """
     found: dict[Phase, Counters] = {}
+    settle_torch()
 
-    @contextmanager
-    def counted(phase: Phase, model: nn.Module) -> Iterator[Ledger | None]:
-        known = adapter if phase != "injection" else None
-        with counting(model, adapter=known, logits_width=vocabulary_of(model)) as count:
-            yield count.ledger
-        found[phase] = count.result()
+    def counted(phase: Phase, model: nn.Module, work: Work) -> Any:
+        found[phase], out = count(phase, model, work)
+        return out
 
-    _live(adapter, build(), config, batch=batch, sequence=sequence, meter=counted)
-    if calls:
-
-        @contextmanager
-        def called(phase: Phase, model: nn.Module) -> Iterator[Ledger | None]:  # noqa: ARG001
-            with counting_calls() as count:
-                yield None
-            found[phase] = replace(found[phase], python_calls=count.count)
-
-        _live(adapter, build(), config, batch=batch, sequence=sequence, meter=called)
+    for _ in ("to warm what is lazy", "to be told"):
+        base = build()
+        live(adapter, base, config, batch_of(base, batch=batch, sequence=sequence), counted)
     return found
 
 
-def _live(
-    adapter: Any,
-    base: nn.Module,
-    config: LoraConfig,
-    *,
-    batch: int,
-    sequence: int,
-    meter: Callable[[Phase, nn.Module], AbstractContextManager[Ledger | None]],
-) -> None:
-    """One life, each phase inside `meter(phase, model)`."""
+def count(
+    phase: Phase, model: nn.Module, work: Work, *, trained: Kind = "adapters"
+) -> tuple[Counters, Any]:
+    """One phase's counters, and what its work returns."""
+    if phase == "injection":
+        trained = "base weights"  # what trains before it is the base
+    with (
+        counting(model, logits_width=vocabulary_of(model), trained=trained) as counters,
+        counting_calls() as calls,
+    ):
+        out = work(counters.ledger)
+    counters.calls = calls.count
+    return counters.result(), out
+
+
+def live(adapter: Any, base: nn.Module, config: LoraConfig, given: Batch, meter: Meter) -> None:
+    """One life of an adapter on a bare base, each phase by `meter(phase, model, work)`."""
     torch.manual_seed(0)
-    given = batch_of(base, batch=batch, sequence=sequence)
     asked = {"input_ids": given["input_ids"]}
     features = adapter.capabilities.features
     merges_in_eval = bool(getattr(adapter, "eval_merges", False))
+
+    def inject(ledger: Ledger | None) -> nn.Module:
+        made: nn.Module = adapter.inject(base, config)
+        if ledger is not None:
+            ledger.label((p for p in made.parameters() if p.requires_grad), "adapters")
+        return made
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.no_grad():
             base(**asked)  # what a model makes on its first call is not the adapter's cost
-        with meter("injection", base):
-            model = adapter.inject(base, config)
-        model.train()
-        model(**given)
-        with meter("training-forward", model):
-            out = model(**given)
-        del out
-        if not merges_in_eval:
-            model.eval()
-        with torch.no_grad():
-            model(**asked)
-            with meter("evaluation-forward", model):
-                model(**asked)
-        model.train()
-        optimizer = optimizer_of(model)
-        with meter("training-step", model) as ledger:
-            training_step(model, given, optimizer, ledger)
-        del optimizer
-        with meter("save", model):
-            state = adapter.state_dict(model)
+        model = meter("injection", base, inject)
+        train(model, given, meter, merges_in_eval=merges_in_eval)
+        state = meter("save", model, lambda _: adapter.state_dict(model))
         state = {key: value.clone() for key, value in state.items() if hasattr(value, "clone")}
-        with meter("load", model):
-            adapter.load_state_dict(model, state)
+        meter("load", model, lambda _: adapter.load_state_dict(model, state))
         if "merge" not in features:
             return
         if not merges_in_eval:
             model.eval()
         try:
-            with meter("merge", model):
-                adapter.merge(model)
+            meter("merge", model, lambda _: adapter.merge(model))
         except DataDependentOutputException:
             return  # a merge that looks at its values, before it writes them, cannot do so on shapes
+        evaluate(model, given, meter, phase="merged-forward")
+
+
+def train(model: nn.Module, given: Batch, meter: Meter, *, merges_in_eval: bool = False) -> None:
+    """The phases of a model that trains, with LoRA or in full; left in train mode."""
+    model.train()
+    model(**given)
+    meter("training-forward", model, lambda _: model(**given))
+    if not merges_in_eval:
+        model.eval()
+    evaluate(model, given, meter)
+    model.train()
+    optimizer = optimizer_of(model)
+
+    def step(ledger: Ledger | None) -> None:
+        training_step(model, given, optimizer, ledger)
+
+    meter("training-step", model, step)
+
+
+def evaluate(
+    model: nn.Module, given: Batch, meter: Meter, *, phase: Phase = "evaluation-forward"
+) -> None:
+    """A forward that keeps no graph, in the mode that the model is in."""
+
+    def forward(_: Ledger | None) -> None:
         with torch.no_grad():
-            model(**asked)
-            with meter("merged-forward", model):
-                model(**asked)
+            model(input_ids=given["input_ids"])
+
+    forward(None)
+    meter(phase, model, forward)
 
 
 def count_base_forward(model: nn.Module, *, batch: int = 1, sequence: int = 16) -> Counters:

@@ -71,8 +71,9 @@ def warm(names: Iterable[str]) -> None:
 
     torch.set_num_threads(1)
     from harness import base, phi3, registry  # noqa: F401
-    from harness.measure import clock, phases  # noqa: F401
+    from harness.measure import meter, phases  # noqa: F401
 
+    phases.settle_torch()
     phi3.config("tiny")
     importlib.import_module("transformers.models.phi3.modeling_phi3")
     ours = [name for name in dict.fromkeys(names) if name not in {BASE, FULL}]

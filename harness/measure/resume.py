@@ -71,7 +71,10 @@ def kept(
 
 
 def _whole(cell: Cell, rows: Mapping[str, list[dict[str, Any]]]) -> bool:
-    """Whether all that a table shows of the cell is there, as numbers."""
+    """Whether all that a table shows of the cell is there, as numbers, and its Python calls.
+
+    The latter came with the counters of injection, save, load and merge: a cell without is run again.
+    """
     values = {
         (row.get("phase"), row["metric"]): row["value"]
         for section in SECTIONS
@@ -79,8 +82,11 @@ def _whole(cell: Cell, rows: Mapping[str, list[dict[str, Any]]]) -> bool:
         if row.get("kind") is None
     }
     phase = "evaluation-forward" if cell.adapter == BASE else "training-step"
-    shown = ("seconds", "tokens_per_second", "share_of_limit", "peak_bytes", "operations")
-    return all(isinstance(values.get((phase, name)), int | float) for name in shown) and all(
+    wanted = (
+        *("seconds", "tokens_per_second", "share_of_limit", "peak_bytes", "operations"),
+        "python_calls",
+    )
+    return all(isinstance(values.get((phase, name)), int | float) for name in wanted) and all(
         row.get("phase") for section in SECTIONS for row in rows[section]
     )
 

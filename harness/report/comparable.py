@@ -3,6 +3,7 @@
 kind, model ............ a difference rules out every row
 adapter ................ the specs: two implementations are not one that changed
 machine, GPU ........... memory and wall time
+Python ................. Python calls: 3.12 enters no function for a comprehension, 3.11 did
 threads, versions ...... nothing: what changed is what a comparison is for, and it is told
 """
 
@@ -91,6 +92,7 @@ _RULES_OUT: dict[str, tuple[str, ...]] = {
     "gpu driver": ("timing",),
     "gpu power limit": ("timing",),
     "threads": ("timing",),
+    "python": ("calls",),
 }
 
 

@@ -123,7 +123,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Comparison:
     barred = ruled_out(found)
     rows = list(_spec_rows(old, new, barred.get("spec")))
     for section, name in SECTIONS.items():
-        rows += _cost_rows(old, new, section, name, barred.get(name))
+        rows += _cost_rows(old, new, section, name, barred)
     rows.sort(key=lambda row: len(VERDICTS) if row.verdict is None else VERDICTS.index(row.verdict))
     return Comparison(old=old, new=new, keys=found, rows=tuple(rows))
 
@@ -157,17 +157,18 @@ def _cost_rows(
     new: Mapping[str, Any],
     section: str,
     name: str,
-    barred: Key | None,
+    barred: Mapping[str, Key],
 ) -> Iterator[Row]:
     versions = repeats(old[section]) or repeats(new[section])
     left = rows_by_identity(old[section], versions=versions)
     right = rows_by_identity(new[section], versions=versions)
     for key in dict.fromkeys([*left, *right]):
+        metric = key[2]
         yield cost_row(
             name,
             left.get(key),
             right.get(key),
-            barred=barred,
+            barred=barred.get(name) or (barred.get("calls") if metric == "python_calls" else None),
             finished=bool(new["finished"]),
             run=old,
         )

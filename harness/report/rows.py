@@ -35,6 +35,9 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 ALLOCATOR_STEP = 2 * 2**20
 """Bytes. CUDA's caching allocator rounds what it reserves up to 2 MiB (kSmallBuffer, kRoundLarge)."""
 
+NAMES = 3
+"""Operations that a row names, where their numbers changed."""
+
 SECTIONS = {"counters": "counter", "memory": "memory", "timings": "timing"}
 """A report's sections of costs, and what a row of each is called."""
 
@@ -180,6 +183,8 @@ def cost_row(
         verdict, why = "incomparable", "the unit differs"
     else:
         verdict, why = _judge_cost(section, old, new, after)
+        if moved := _moved(before, after):
+            why = f"{'as many' if verdict == 'same' else why}: {moved}"
     return Row(
         section=section,
         name=title(either),
@@ -253,6 +258,19 @@ def _judge_cost(
     improved = right < left if better == "lower" else right > left
     change = f" ({_percent(right / left)})" if left else ""
     return ("better" if improved else "worse"), f"{'less' if right < left else 'more'}{change}"
+
+
+def _moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Which operations there are more or less of, the most first: `aten.clone.default +4`."""
+    then, now = (row.get("by_name") or {} for row in (before, after))
+    changes = {
+        plain(name, limit=60): now.get(name, 0) - then.get(name, 0)
+        for name in (dict.fromkeys([*then, *now]) if then and now else ())
+        if now.get(name, 0) != then.get(name, 0)
+    }
+    names = sorted(changes, key=lambda name: -abs(changes[name]))
+    told_ = ", ".join(f"{name} {changes[name]:+,}" for name in names[:NAMES])
+    return f"{told_} and {len(names) - NAMES} more" if len(names) > NAMES else told_
 
 
 def _percent(ratio: float) -> str:
