@@ -109,7 +109,7 @@ def _acts(trial: Trial, model: nn.Module) -> dict[str, Callable[[], object]]:
         "https://github.com/huggingface/peft/issues/368",
         "https://github.com/huggingface/peft/pull/3038",
     ),
-    needs=("training/resume-equals-uninterrupted", "checkpoint/dtype-kept"),
+    needs=("training/resume-equals-uninterrupted", "checkpoint/dtype-kept", "merge/restores-base"),
     cases=(
         *(Case(way=way) for way in CALLS),
         Case(specimen="embedding", dtype="bfloat16", way="cycle"),
