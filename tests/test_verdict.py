@@ -52,6 +52,21 @@ def test_inject_that_raises_is_one_failure_and_the_rest_blocked():
     assert verdict.exit_code == 1
 
 
+def test_nonsense_that_a_line_of_the_harness_stumbles_over_is_told_as_that():
+    """It fails, and nobody looks for the exception in the implementation."""
+    verdict = check(
+        stranger("saves_nothing"),
+        only=["checkpoint/complete"],
+        case=Case(),
+    )
+    failure = verdict.failed[0].failures[0]
+
+    assert failure.kind == "raised"
+    assert failure.actual == "AttributeError: 'NoneType' object has no attribute 'items'"
+    assert failure.where.startswith("specs/checkpoint.py:")
+    assert failure.where.endswith(", a line of the harness, on what the implementation gave it")
+
+
 @pytest.mark.parametrize(
     ("only", "line"),
     [
