@@ -316,23 +316,18 @@ class Several(Protocol):
         """Into a bare base: factors, scaling and settings restored."""
 
 
-REQUIRED_METHODS: dict[str, int] = {
-    "inject": 2,
-    "factors": 1,
-    "state_dict": 1,
-    "load_state_dict": 2,
-}
-"""The methods every adapter has, with how many arguments each is called with."""
+REQUIRED_METHODS = ("inject", "factors", "state_dict", "load_state_dict")
+"""The methods every adapter has."""
 
-FEATURE_METHODS: dict[Feature, dict[str, int]] = {
-    "merge": {"merge": 1},
-    "unmerge": {"unmerge": 1},
-    "disable": {"disable": 1},
-    "multi_adapter": {"add": 3, "activate": 2, "delete": 2},
-    "combine": {"combine": 4},
-    "save": {"save": 2, "load": 2},
+FEATURE_METHODS: dict[Feature, tuple[str, ...]] = {
+    "merge": ("merge",),
+    "unmerge": ("unmerge",),
+    "disable": ("disable",),
+    "multi_adapter": ("add", "activate", "delete"),
+    "combine": ("combine",),
+    "save": ("save", "load"),
 }
-"""The methods a feature brings, with how many positional arguments each is called with."""
+"""The methods a feature brings; `harness.registry.ARGUMENTS` says with which arguments."""
 
 
 def load_exactly(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

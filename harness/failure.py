@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, get_args
 
@@ -142,19 +143,28 @@ def fail(
 
 
 def raised(error: BaseException, *, expected: str = "no exception") -> Broken:
-    """An exception of the implementation's as a broken property, with the line it came from."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """An exception of the implementation's as a broken property, with the line it came from.
+
+    Where no line of the implementation's was running, what it had given before was no good, or the
+    harness is wrong: the line is told to be the harness's own.
+    """
+    specs = [Path(folder) for folder in import_module("harness.specs").__path__]
     ours = Path(__file__).parent
-    specs = ours.parent / "specs"
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/site-packages/torch/" not in Path(frame.filename).as_posix()
+    ]
     theirs = [
         frame
         for frame in frames
-        if "/site-packages/torch/" not in Path(frame.filename).as_posix()
-        and not _within(frame.filename, ours, but=ours / "adapters")
-        and not _within(frame.filename, specs)
+        if not _within(frame.filename, ours, but=ours / "adapters")
+        and not any(_within(frame.filename, folder) for folder in specs)
     ]
     frame = theirs[-1] if theirs else (frames[-1] if frames else None)
     where = f"{_short(frame.filename)}:{frame.lineno} in {frame.name}" if frame else ""
+    if frame and not theirs:
+        where += ", a line of the harness, on what the implementation gave it"
     text = " ".join(str(error).split())
     return Broken(
         "raised",

@@ -6,9 +6,9 @@ the folders, starts the processes, and ends with one table for each.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import process, run_folder
 from harness import recipe as recipes
-from harness.console import table
+from harness.console import table, terminal_width, wrapped
 from harness.errors import UsageError
 from harness.measure.memory import parse_bytes
 from harness.registry import names
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from harness.run_folder import RunFolder
 
 DEFAULT_ADAPTERS = ("peft", "loralib")
-WIDTH, NARROWEST = 100, 12
-"""Columns: of what is printed at the most, and of a table's column at the least."""
+NARROWEST = 12
+"""Columns of a table's column at the least."""
 
 MARKS = {"passed": "yes", "failed": "NO", "not_claimed": "not claimed", "not_run": "not judged"}
 
@@ -70,32 +70,35 @@ def command(args: argparse.Namespace) -> int:
     if args.json:
         single = len(adapters) == 1
         copies = [args.json if single else _beside(args.json, adapter) for adapter in adapters]
-        for path in copies:
-            _probe(path)  # type: ignore[arg-type]  # a path each
     codes = []
-    for k, (adapter, folder, copy) in enumerate(zip(adapters, folders, copies, strict=True)):
-        if k:
-            print()
-        code = run(
-            recipe,
-            adapter,
-            folder=folder,
-            resume=args.resume,
-            budget=budget,
-            partial=args.allow_partial_targets,
-            start=start,
-            copy=copy,
-        )
-        if code == 2:
-            return 2
-        codes.append(code)
-        if not folder.report.is_file():  # it broke down before there was anything to report
-            continue
-        report = read(folder.report)
-        if report["finished"]:
-            print(told(report, folder))
+    with contextlib.ExitStack() as undo:
+        for adapter, copy in zip(adapters, copies, strict=True):
             if copy:
-                print(f"json      {copy}")
+                undo.callback(run_folder.begin(copy, adapter, model))
+        for k, (adapter, folder, copy) in enumerate(zip(adapters, folders, copies, strict=True)):
+            if k:
+                print()
+            code = run(
+                recipe,
+                adapter,
+                folder=folder,
+                resume=args.resume,
+                budget=budget,
+                partial=args.allow_partial_targets,
+                start=start,
+                copy=copy,
+            )
+            if code == 2:
+                return 2
+            codes.append(code)
+            if not folder.report.is_file():  # it broke down before there was anything to report
+                continue
+            report = read(folder.report)
+            if report["finished"]:
+                print(told(report, folder))
+                if copy:
+                    print(f"json      {copy}")
+        undo.pop_all()
     return next((code for code in (1, 3) if code in codes), 0)
 
 
@@ -129,7 +132,7 @@ def run(
         _same(folder, recipe, adapter)
     else:
         run_folder.put_aside(folder)
-    earlier = _verdict(folder)[0]
+    earlier = run_folder.verdict(folder.report)[0]
     try:
         code = _trained(
             {
@@ -152,7 +155,7 @@ def run(
         run_folder.bring_back(folder)
         return code
     run_folder.forget(folder)
-    name, verdict = _verdict(folder)
+    name, verdict = run_folder.verdict(folder.report)
     if code in (0, 3) and (verdict is None or name == earlier):
         print(
             f"lora-harness finetune: {adapter}: its process ended with {process.ending(code)} before "
@@ -161,15 +164,6 @@ def run(
         )
         return 1
     return code
-
-
-def _verdict(folder: RunFolder) -> tuple[str | None, str | None]:
-    """The id of the folder's report and, once that is finished, its verdict."""
-    try:
-        report = read(folder.report)
-    except UsageError:
-        return None, None
-    return report["id"], report["verdict"] if report["finished"] else None
 
 
 def _trained(request: dict[str, Any], folder: RunFolder) -> int:
@@ -197,23 +191,20 @@ _process = process.run
 
 
 def told(report: dict[str, Any], folder: RunFolder) -> str:
-    """A report as the table that ends a run: at most `WIDTH` columns."""
+    """A report as the table that ends a run, as wide as the terminal."""
     rows = [
         (one["sentence"], MARKS[one["outcome"]], one["measured"], one["allowed"])
         for one in report["results"]
     ]
     lines = [
         "",
-        _title(report),
+        wrapped(_title(report), subsequent_indent="    "),
         "",
         _table(rows, ("property", "holds", "measured", "allowed")),
     ]
     lines += [
-        textwrap.fill(
-            f"{one['sentence']}: {one['reason']}",
-            WIDTH,
-            initial_indent="  ",
-            subsequent_indent="    ",
+        wrapped(
+            f"{one['sentence']}: {one['reason']}", initial_indent="  ", subsequent_indent="    "
         )
         for one in report["results"]
         if one.get("reason")
@@ -239,7 +230,7 @@ def told(report: dict[str, Any], folder: RunFolder) -> str:
 
 def _table(rows: Sequence[tuple[str, ...]], headers: tuple[str, ...]) -> str:
     """The table, its cells broken between words where the terminal is narrower than it."""
-    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    width = terminal_width()
     widths = [max(len(row[k]) for row in (headers, *rows)) for k in range(len(headers))]
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > NARROWEST:
         widths[widths.index(max(widths))] -= 1
@@ -256,7 +247,7 @@ def _title(report: dict[str, Any]) -> str:
 
 
 def _said(title: str, text: str) -> list[str]:
-    body = textwrap.wrap(" ".join(text.split()) or "(nothing)", WIDTH - 10)[:4]
+    body = textwrap.wrap(" ".join(text.split()) or "(nothing)", terminal_width() - 10)[:4]
     return [f"{title if not k else '':<10}{line}" for k, line in enumerate(body)]
 
 
@@ -327,18 +318,3 @@ def _generate(
 
 def _beside(path: Path, adapter: str) -> Path:
     return path.with_name(f"{path.stem}-{adapter.replace(':', '-')}{path.suffix or '.json'}")
-
-
-def _probe(path: Path) -> None:
-    """Raise UsageError where a report could not be written: before training, not after it."""
-    try:
-        there = path.exists()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
-        if not there:
-            path.unlink()
-    except OSError as error:
-        raise UsageError(
-            f"--json {path}: cannot be written ({error.strerror}); give a path that can"
-        ) from error

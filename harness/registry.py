@@ -66,7 +66,7 @@ def check(adapter: Any, spec: str) -> Adapter:
     for method in REQUIRED_METHODS:
         _check_method(adapter, method, spec, "every adapter has it")
     for feature in sorted(adapter.capabilities.features):
-        for method in FEATURE_METHODS.get(feature, {}):
+        for method in FEATURE_METHODS.get(feature, ()):
             _check_method(adapter, method, spec, f"the feature {feature!r} brings it")
     checked: Adapter = adapter
     return checked

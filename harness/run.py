@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import sys
-import textwrap
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import library_log, process
+from harness.console import wrapped
 from harness.errors import UsageError, first_line
 from harness.run_folder import RunFolder, clear
 
@@ -109,7 +109,7 @@ def _run(request: dict[str, Any], folder: RunFolder, held: list[Run]) -> int:
         flush=True,
     )
     for note in run.notes:
-        told = textwrap.fill(f"note: {note}", 100, initial_indent="  ", subsequent_indent="    ")
+        told = wrapped(f"note: {note}", initial_indent="  ", subsequent_indent="    ")
         print(told, flush=True)
     with _recorder(request)(
         folder.report,

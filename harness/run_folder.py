@@ -22,10 +22,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import UsageError
+from harness.report.schema import Recorder, read
 from harness.settings import SECTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DEFAULT = Path("reports/runs")
 ROOM = 64 * 2**20
@@ -205,6 +209,44 @@ def bring_back(folder: RunFolder) -> None:
 def forget(folder: RunFolder) -> None:
     """Remove the run that was put aside: the new one has taken its first step."""
     shutil.rmtree(_aside(folder), ignore_errors=True)
+
+
+def verdict(path: Path) -> tuple[str | None, str | None]:
+    """The id of a report and, once that is finished, its verdict; None of a file that is none."""
+    try:
+        report = read(path)
+    except UsageError:
+        return None, None
+    return report["id"], report["verdict"] if report["finished"] else None
+
+
+def begin(path: Path, adapter: str, model: str) -> Callable[[], None]:
+    """Put an unfinished report where `--json` wants one; returns what brings back what was there.
+
+    A run that is killed before it has loaded its model must not leave an older run's verdict; one that
+    comes to nothing leaves all as it was.
+
+    Raises UsageError where a report could not be written: before training, not after it.
+    """
+    try:
+        older = path.read_bytes() if path.is_file() else None
+        begun = Recorder(path, kind="finetune", adapter={"name": adapter}, model=model)
+    except OSError as error:
+        raise UsageError(
+            f"--json {path}: cannot be written ({error.strerror}); give a path that can"
+        ) from None
+    except UsageError as error:
+        raise UsageError(f"--json {error}") from None
+
+    def undo() -> None:
+        if verdict(path)[0] != begun.report["id"]:
+            return  # a run has recorded something
+        if older is None:
+            path.unlink()
+        else:
+            path.write_bytes(older)
+
+    return undo
 
 
 def _aside(folder: RunFolder) -> Path:

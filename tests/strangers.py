@@ -48,6 +48,10 @@ def inject_raises():
     return Wrapped(inject=inject)
 
 
+def saves_nothing():
+    return Wrapped(state_dict=lambda *_: None)
+
+
 def does_nothing():
     """Injects nothing, has factors of its own that nobody uses."""
 

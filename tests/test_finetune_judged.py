@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from harness import LoraConfig, checkpoint, finetune, recipe, registry, run, run_folder
+from harness.cli import main
 from harness.errors import UsageError
+from harness.report.schema import Recorder, read
 from harness.run_folder import RunFolder
 
 CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=("o_proj",))
@@ -305,6 +307,31 @@ def test_the_copy_of_the_report_grows_with_it(tmp_path):
     assert copy.read_bytes() == (tmp_path / "own.json").read_bytes()
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_older_report_is_not_this_run_s_before_it_has_one(kept, monkeypatch, tmp_path):
+    """While the model loads, and after kill -9, `--json` is unfinished; on exit 2 it is as it was."""
+    path = tmp_path / "run.json"
+    if kept:
+        with Recorder(path, kind="finetune", verdict="CONFORMS"):
+            pass
+    before = path.read_bytes() if kept else None
+    seen = []
+
+    def process(_, request):
+        asked = json.loads(request.read_text("utf-8"))
+        seen.append(read(Path(asked["json"])))
+        return 2
+
+    monkeypatch.setattr(finetune, "_process", process)
+    code = main(["finetune", "--adapter", "peft", "--json", str(path), "--output", str(tmp_path)])
+
+    assert code == 2
+    assert [(one["finished"], one["verdict"], one["model"]) for one in seen] == [
+        (False, None, "tiny")
+    ]
+    assert (path.read_bytes() if path.exists() else None) == before
+
+
 # -- the folder ----------------------------------------------------------------------------------
 
 
@@ -412,6 +439,26 @@ def test_a_single_file_is_parted(count, kept, held, tmp_path):
 
     assert (len(train), len(evaluated), len(notes)) == (kept, held, 1)
     assert count == 1 or not {str(row) for row in train} & {str(row) for row in evaluated}
+
+
+def test_titles_and_replies_are_as_wide_as_the_terminal(monkeypatch, tmp_path):
+    """At 60 columns nothing is wider, but for what is copied whole."""
+    monkeypatch.setenv("COLUMNS", "60")
+    answer = {"prompt": "Why? " * 40, "reply": "Because. " * 40, "matched": 1, "asked": 2}
+    report = {
+        "adapter": {"name": "an-implementation", "version": "1.2.3.post4"},
+        "model": "tiny",
+        "verdict": "CONFORMS BUT FOR KNOWN FAILURES",
+        "ran": 9,
+        "required": 10,
+        "results": [],
+        "answers": {"before": answer, "after": answer},
+    }
+
+    lines = finetune.told(report, RunFolder(path=tmp_path / "x")).splitlines()
+
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 60
+    assert sum(line.startswith("prompt") for line in lines) == 1
 
 
 def test_the_table_breaks_between_words_on_a_narrow_terminal(monkeypatch):

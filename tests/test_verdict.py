@@ -91,6 +91,21 @@ def test_a_failure_reaches_the_kinds_of_layers_below_its_own(outcome, told, kind
     assert reach(Result(spec="", level="MUST", outcome=outcome, failures=failures)) == kinds
 
 
+def test_nonsense_that_a_line_of_the_harness_stumbles_over_is_told_as_that():
+    """It fails, and nobody looks for the exception in the implementation."""
+    verdict = check(
+        stranger("saves_nothing"),
+        only=["checkpoint/complete"],
+        case=Case(),
+    )
+    failure = verdict.failed[0].failures[0]
+
+    assert failure.kind == "raised"
+    assert failure.actual == "AttributeError: 'NoneType' object has no attribute 'items'"
+    assert failure.where.startswith("specs/checkpoint.py:")
+    assert failure.where.endswith(", a line of the harness, on what the implementation gave it")
+
+
 @pytest.mark.parametrize(
     ("only", "line"),
     [
