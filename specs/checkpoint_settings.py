@@ -60,7 +60,11 @@ def save_restores_biases(trial: Trial) -> None:
         "https://github.com/huggingface/peft/issues/1732",
         "https://github.com/huggingface/peft/pull/1734",
     ),
-    needs=("checkpoint/every-layer",),
+    needs=(
+        "checkpoint/every-layer",
+        "checkpoint/round-trip-bits",
+        "checkpoint/save-restores-settings",
+    ),
     features=("modules_to_save",),
     cases=(Case(specimen="normed"), Case(specimen="normed", way="save")),
 )
@@ -117,7 +121,7 @@ def _with(*settings: str) -> tuple[Case, ...]:
         "https://github.com/huggingface/peft/issues/2759",
     ),
     features=("save",),
-    needs=("checkpoint/load-trainability", "trainable/bias-modes"),
+    needs=("checkpoint/load-trainability", "checkpoint/save-restores-biases"),
     cases=(
         *_with("modules_to_save", "lora_only"),
         *_with("modules_to_save", "all"),

@@ -77,6 +77,9 @@ RELEASES = {
     "peft 0.9.0: lora_only trains no bias": Release(
         leg=("peft==0.9.0", OLD), spec="trainable/bias-modes", says="of them does not"
     ),
+    "peft 0.9.0: leaving an inner disable enables": Release(
+        leg=("peft==0.9.0", OLD), spec="several/disabled-nested", says="elements differ"
+    ),
     "peft 0.11.1: factors in bfloat16": Release(
         leg=("peft==0.11.1", OLD), spec="training/small-steps-count", says="did not move"
     ),

@@ -55,7 +55,7 @@ class Stretches(Reference):
         own = self.state_dict(model)
         rows = {
             k: t.expand_as(own[k])
-            if k in own and t.shape[1:] == own[k].shape[1:] and len(t) == 1
+            if k in own and t.shape[1:] == own[k].shape[1:] and t.shape[:1] == (1,)
             else t
             for k, t in state.items()
         }
