@@ -121,7 +121,11 @@ def _with(*settings: str) -> tuple[Case, ...]:
         "https://github.com/huggingface/peft/issues/2759",
     ),
     features=("save",),
-    needs=("checkpoint/load-trainability", "checkpoint/save-restores-biases"),
+    needs=(
+        "checkpoint/load-trainability",
+        "checkpoint/save-restores-biases",
+        "trainable/beside-factors",
+    ),
     cases=(
         *_with("modules_to_save", "lora_only"),
         *_with("modules_to_save", "all"),

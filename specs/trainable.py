@@ -21,8 +21,7 @@ GUIDE = "lora.mark_only_lora_as_trainable, https://github.com/microsoft/LoRA"
 
 @spec(
     "trainable/only-lora",
-    claim="Exactly the factors MUST be trainable after injection, with the modules to save and the "
-    "biases on B that were asked for, whatever their names.",
+    claim="Exactly the factors MUST be trainable after injection, whatever their names.",
     why="A base that trains costs the memory LoRA saves, and drifts; a factor that does not is lost.",
     source=(GUIDE, "BUGS 58, 105, 130, P-6", "https://github.com/huggingface/trl/pull/3926"),
     needs=("targeting/exact-coverage",),
@@ -32,22 +31,37 @@ GUIDE = "lora.mark_only_lora_as_trainable, https://github.com/microsoft/LoRA"
         Case(specimen="embedding"),
         Case(specimen="conv2d"),
         Case(specimen="fused"),
-        Case(way="lora_bias"),
         Case(specimen="tiny"),
-        Case(specimen="tiny", way="modules_to_save"),
     ),
 )
 def only_lora(trial: Trial) -> None:
     """Judge by storage and element, not by name."""
+    model = trial.inject()
+    factors = trial.factors(model)
+
+    factors_train(model, factors)
+    nothing_else_trains(model, factors, {})
+
+
+@spec(
+    "trainable/beside-factors",
+    claim="Beside the factors, the modules to save and the biases on B that were asked for MUST be "
+    "trainable after injection, and no more.",
+    why="A head that was asked for and does not train stays what it was, or random.",
+    source=(GUIDE, "BUGS 29, 109", "https://github.com/huggingface/trl/issues/5977"),
+    needs=("trainable/only-lora",),
+    cases=(Case(way="lora_bias"), Case(specimen="tiny", way="modules_to_save")),
+)
+def beside_factors(trial: Trial) -> None:
+    """Judge by storage and element, not by name."""
     base, way = trial.base(), trial.case.way
-    if way and not trial.claims(way):
+    if not trial.claims(way):
         trial.notes.append(f"{way} is not claimed")
         return
     wanted: dict[str, Tensor] = {}
-    config = trial.config()
     if way == "lora_bias":
         config = trial.config(lora_bias=True)
-    elif way == "modules_to_save":
+    else:
         config = trial.config(modules_to_save=("lm_head",))
         head = base.get_submodule("lm_head")
         wanted = {f"lm_head.{name}": p.detach().clone() for name, p in head.named_parameters()}

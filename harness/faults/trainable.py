@@ -66,6 +66,22 @@ def sets_free_by_prefix() -> Adapter:
 
 
 @fault(
+    sin="The modules to save are frozen with the base.",
+    killed_by="trainable/beside-factors",
+    varies="modules_to_save",
+)
+def freezes_the_saved_modules() -> Adapter:
+    """They are copied, and freezing knows only factors."""
+
+    def set_trainability(self: Any, model: nn.Module) -> None:
+        Reference.set_trainability(self, model)
+        for tensor in self.whole_tensors(model).values():
+            tensor.requires_grad_(False)
+
+    return wrong(set_trainability=set_trainability)
+
+
+@fault(
     sin="A parameter of the base trains by having lora_ in its name.",
     killed_by="trainable/names-decide-nothing",
     replays=("59", "88"),
