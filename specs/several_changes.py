@@ -148,11 +148,14 @@ def deleted_is_freed(trial: Trial) -> None:
     cases=(
         Case(way="activate"),
         Case(way="add"),
-        Case(specimen="stack", way="add"),
         Case(way="delete"),
         Case(specimen="stack", way="delete"),
     ),
-    more_cases=(Case(specimen="embedding", way="add"), Case(specimen="fused", way="add")),
+    more_cases=(
+        Case(specimen="stack", way="add"),
+        Case(specimen="embedding", way="add"),
+        Case(specimen="fused", way="add"),
+    ),
 )
 def while_merged(trial: Trial) -> None:
     """Judge the outputs of the second, and once more when the first, that was merged, is deleted."""
