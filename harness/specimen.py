@@ -14,6 +14,7 @@ Whole models are Phi-3. The same case gives the same weights and inputs in every
     stack           12 layers with trap names in nested ModuleLists   shape (width, inner)
     tied            an embedding and a head that share one weight     shape (num, dim)
     shared          one nn.Linear reached under two names             shape (in, out)
+    underscored     two nn.Linear, `a.b_c` and `a_b.c`                shape (in, out)
     nf4             one bitsandbytes Linear4bit, blocks of 64         shape (in, out)
     tiny, tiny-gqa  Phi-3, and any other model by name: harness.phi3
 """
@@ -48,6 +49,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "stack": (6, 9),
     "tied": (13, 5),
     "shared": (11, 7),
+    "underscored": (11, 7),
     "nf4": (128, 64),
 }
 
@@ -141,6 +143,19 @@ class Shared(nn.Module):
         return y
 
 
+class Underscored(nn.Module):
+    """Two linear layers whose names are one where dots become underscores."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.a, self.a_b = nn.Module(), nn.Module()
+        self.a.b_c, self.a_b.c = nn.Linear(i, o), nn.Linear(i, o)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        y: Tensor = self.a.b_c(x) - torch.tanh(self.a_b.c(x))  # type: ignore[operator]  # children of a bare module
+        return y
+
+
 def shape_of(case: Case) -> tuple[int, ...]:
     """The case's sizes, or its specimen's own."""
     return case.shape or SHAPES.get(case.specimen, ())
@@ -169,6 +184,8 @@ def targets(case: Case) -> tuple[str, ...] | str:
         return ("lm_head",)
     if case.specimen == "shared":
         return ("first",)
+    if case.specimen == "underscored":
+        return ("a.b_c", "a_b.c")
     return ("proj",) if case.specimen in SHAPES else PHI3_TARGETS
 
 
@@ -238,8 +255,9 @@ def _pristine(
 
 
 def _make(specimen: str, shape: tuple[int, ...]) -> nn.Module:
-    if specimen in {"stack", "tied", "shared"}:
-        return {"stack": Stack, "tied": Tied, "shared": Shared}[specimen](*shape)
+    models = {"stack": Stack, "tied": Tied, "shared": Shared, "underscored": Underscored}
+    if specimen in models:
+        return models[specimen](*shape)
     if specimen in CONVOLUTIONS:
         i, o, kh, kw = shape
         groups = 2 if specimen == "grouped" else 1
