@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from harness.case import Case
@@ -135,8 +136,8 @@ def tell(verdict: Verdict) -> str:
         for note in result.notes
         if not judged & set(note.removeprefix("needs ").split(", "))
     ]
-    if elsewhere:
-        blocks.append("Blocked\n" + "\n".join(elsewhere))
+    if waiting := waits(verdict.results) + elsewhere:
+        blocks.append("Blocked\n" + "\n".join(waiting))
     if verdict.unclaimed:
         blocks.append(f"Works, but is not claimed: {', '.join(verdict.unclaimed)}")
     blocks.append(last_word(verdict))
@@ -165,6 +166,25 @@ def families(results: Iterable[Result]) -> str:
         told += f", {blocked} blocked" if blocked else ""
         rows.append((family, "".join(mark(result) for result in mine), told))
     return table(rows)
+
+
+def waits(results: Iterable[Result]) -> list[str]:
+    """A line for each spec that blocks others, most first: how many wait for it."""
+    judged = {result.spec: result for result in results}
+    found: Counter[str] = Counter()
+    for result in judged.values():
+        ahead, causes = [result.spec], set()
+        while ahead:
+            blocked = judged.get(id_ := ahead.pop())
+            if blocked is None or blocked.outcome != "blocked":
+                causes.add(id_)
+            else:
+                ahead += blocked.notes[0].removeprefix("needs ").split(", ")
+        found.update(causes & judged.keys() - {result.spec})
+    return [
+        f"  {number} spec{' waits' if number == 1 else 's wait'} for {id_}"
+        for id_, number in found.most_common()
+    ]
 
 
 def mark(result: Result) -> str:
