@@ -151,6 +151,18 @@ LAYER_OF: dict[str, str] = {
 """The layer kind a specimen asks an implementation to claim; linear where it is not named."""
 
 LAYER_SPECIMENS = frozenset(
-    {*LAYER_OF, "linear", "bare", "stack", "tied", "shared", "headless", "headed", "normed", "nf4"}
+    {
+        *LAYER_OF,
+        "linear",
+        "bare",
+        "stack",
+        "tied",
+        "shared",
+        "headless",
+        "headed",
+        "normed",
+        "underscored",
+        "nf4",
+    }
 )
 """The specimens made for the specs; any other name is a model's."""

@@ -135,10 +135,19 @@ def fail(
     where: str = "",
     measured: float | None = None,
     allowed: float | None = None,
+    observed: Tensor | None = None,
+    truth: Tensor | None = None,
 ) -> NoReturn:
     """Say that the property does not hold; the one way a judge does."""
     raise Broken(
-        kind, expected=expected, actual=actual, where=where, measured=measured, allowed=allowed
+        kind,
+        expected=expected,
+        actual=actual,
+        where=where,
+        measured=measured,
+        allowed=allowed,
+        observed=observed,
+        truth=truth,
     )
 
 

@@ -308,18 +308,21 @@ class Judge:
     def unclaimed(self) -> list[str]:
         """What works although it is not claimed: told, never judged."""
         told = []
-        for name, (spec_id, case, methods) in _PROBES.items():
+        for name, (spec_id, cases, methods) in _PROBES.items():
             group = _group(name)
             if name in self.claims[group] or any(m not in self.methods for m in methods):
                 continue
             if spec_id not in catalogue() or self._in_doubt([spec_id]):
                 continue
-            answer = self._session.ask(
-                {"do": "judge", "spec": spec_id, "case": str(case)}, limit=self._limit
-            )
-            if not isinstance(answer, Lost) and not answer["failure"] and "not_run" not in answer:
+            if all(self._holds(spec_id, case) for case in cases):
                 told.append(name)
         return told
+
+    def _holds(self, spec_id: str, case: Case) -> bool:
+        answer = self._session.ask(
+            {"do": "judge", "spec": spec_id, "case": str(case)}, limit=self._limit
+        )
+        return not isinstance(answer, Lost) and not answer["failure"] and "not_run" not in answer
 
 
 def _group(name: str) -> str:
@@ -329,14 +332,18 @@ def _group(name: str) -> str:
 
 
 _ORACLE = "forward/equals-oracle"
-_PROBES: dict[str, tuple[str, Case, tuple[str, ...]]] = {
-    "bfloat16": (_ORACLE, Case(dtype="bfloat16"), ()),
-    "float16": (_ORACLE, Case(dtype="float16"), ()),
-    "float64": (_ORACLE, Case(dtype="float64"), ()),
-    "embedding": (_ORACLE, Case(specimen="embedding"), ()),
-    "conv2d": (_ORACLE, Case(specimen="conv2d"), ()),
-    "merge": ("merge/same-output", Case(), ("merge",)),
-    "unmerge": ("merge/restores-base", Case(), ("merge", "unmerge")),
-    "disable": ("several/disabled-equals-base", Case(), ("disable",)),
+_PROBES: dict[str, tuple[str, tuple[Case, ...], tuple[str, ...]]] = {
+    "bfloat16": (_ORACLE, (Case(dtype="bfloat16"),), ()),
+    "float16": (_ORACLE, (Case(dtype="float16"),), ()),
+    "float64": (_ORACLE, (Case(dtype="float64"),), ()),
+    "embedding": (_ORACLE, (Case(specimen="embedding"),), ()),
+    "conv2d": (
+        _ORACLE,
+        (Case(specimen="conv2d"), Case(specimen="dilated", shape=(3, 4, 3, 2))),
+        (),
+    ),
+    "merge": ("merge/same-output", (Case(),), ("merge",)),
+    "unmerge": ("merge/restores-base", (Case(),), ("merge", "unmerge")),
+    "disable": ("several/disabled-equals-base", (Case(),), ("disable",)),
 }
-"""For each claim that can be probed: a spec, a case, and the methods it takes."""
+"""For each claim that can be probed: a spec, cases that all must hold, and the methods they take."""

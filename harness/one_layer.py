@@ -99,6 +99,9 @@ def check_weight(
     While merged `base_weight` is not asked: it is the frozen weight, and may be that before merging.
     """
     shown = basis(trial)
+    if shown.is_floating_point():
+        added = trial.call(model, shown[:1] * 0)
+        trial.close(added, added * 0, 0.0, f"bias beside the {what}, seen in the output of zeros,")
     found = trial.call(model, shown)
     trial.close(found, spread(base, W, shown), spread(base, budget, shown), what)
     read = getattr(trial.adapter, "base_weight", None)

@@ -21,6 +21,7 @@ Whole models are Phi-3. The same case gives the same weights and inputs in every
     headless        layers called like an output head, and no head    shape (in, out)
     headed          the same, with a head of another name             shape (in, out)
     normed          a layer, a batch norm and a head without a bias   shape (in, out)
+    underscored     two nn.Linear, `a.b_c` and `a_b.c`                shape (in, out)
     nf4             one bitsandbytes Linear4bit, blocks of 64         shape (in, out)
     tiny, tiny-gqa  Phi-3, and any other model by name: harness.phi3
 """
@@ -60,6 +61,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "headless": (11, 7),
     "headed": (11, 7),
     "normed": (11, 7),
+    "underscored": (11, 7),
     "nf4": (128, 64),
 }
 
@@ -86,6 +88,8 @@ def targets(case: Case) -> tuple[str, ...] | str:
         return ("first",)
     if case.specimen in {"headless", "headed"}:
         return ("head_proj",)
+    if case.specimen == "underscored":
+        return ("a.b_c", "a_b.c")
     return ("proj",) if case.specimen in SHAPES else PHI3_TARGETS
 
 

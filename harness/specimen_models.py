@@ -132,6 +132,19 @@ class Normed(nn.Module):
         return y
 
 
+class Underscored(nn.Module):
+    """Two linear layers whose names are one where dots become underscores."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.a, self.a_b = nn.Module(), nn.Module()
+        self.a.b_c, self.a_b.c = nn.Linear(i, o), nn.Linear(i, o)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        y: Tensor = self.a.b_c(x) - torch.tanh(self.a_b.c(x))  # type: ignore[operator]  # children of a bare module
+        return y
+
+
 MODELS: dict[str, type[nn.Module]] = {
     "stack": Stack,
     "tied": Tied,
@@ -139,5 +152,6 @@ MODELS: dict[str, type[nn.Module]] = {
     "headless": Headless,
     "headed": Headed,
     "normed": Normed,
+    "underscored": Underscored,
 }
 """The specimens of more than one layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from harness.case import Case
@@ -13,7 +14,7 @@ from harness.spec import SPEC_VERSION, catalogue, select
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from harness.judge import Result
     from harness.spec import Spec
@@ -128,8 +129,8 @@ def tell(verdict: Verdict) -> str:
     not_run = [result for result in verdict.results if result.outcome == "not_run"]
     if not_run:
         blocks.append("Not run\n" + "\n".join(f"  {r.spec}: {'; '.join(r.notes)}" for r in not_run))
-    if elsewhere := _blocked_elsewhere(verdict.results):
-        blocks.append("Blocked\n" + "\n".join(elsewhere))
+    if waiting := waits(verdict.results) + _blocked_elsewhere(verdict.results):
+        blocks.append("Blocked\n" + "\n".join(waiting))
     for member, words in CLAIMS.items():
         if names := getattr(verdict, member):
             blocks.append(wrapped(f"{words}: {', '.join(names)}", subsequent_indent="    "))
@@ -137,18 +138,13 @@ def tell(verdict: Verdict) -> str:
     return "\n\n".join(blocks)
 
 
-def _blocked_elsewhere(results: Iterable[Result]) -> list[str]:
+def _blocked_elsewhere(results: Sequence[Result]) -> list[str]:
     """A line for each cause that is not among what was asked for: what it blocks, how to see it."""
-    results = list(results)
     judged = {result.spec for result in results}
     blocked: dict[str, list[str]] = {}
     for result in results:
-        if result.outcome != "blocked":
-            continue
-        needs = next(note for note in result.notes if note.startswith("needs "))
-        causes = needs.removeprefix("needs ")
-        if not judged & set(causes.split(", ")):
-            blocked.setdefault(causes, []).append(result.spec)
+        if (causes := _causes(result)) and judged.isdisjoint(causes):
+            blocked.setdefault(", ".join(causes), []).append(result.spec)
     lines = []
     for causes, (first, *others) in blocked.items():
         more = f" and {len(others)} more" if others else ""
@@ -181,6 +177,23 @@ def families(results: Iterable[Result]) -> str:
         told += f", {blocked} blocked" if blocked else ""
         rows.append((family, "".join(mark(result) for result in mine), told))
     return table(rows)
+
+
+def waits(results: Sequence[Result]) -> list[str]:
+    """A line for each spec that blocks others, most first: how many wait for it."""
+    judged = {result.spec for result in results}
+    found = Counter(id_ for result in results for id_ in _causes(result) if id_ in judged)
+    return [
+        f"  {number} spec{' waits' if number == 1 else 's wait'} for {id_}"
+        for id_, number in found.most_common()
+    ]
+
+
+def _causes(result: Result) -> list[str]:
+    """What a blocked spec needs and does not have."""
+    notes = result.notes if result.outcome == "blocked" else ()
+    needs = next((note for note in notes if note.startswith("needs ")), None)
+    return needs.removeprefix("needs ").split(", ") if needs else []
 
 
 def mark(result: Result) -> str:

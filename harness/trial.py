@@ -396,8 +396,10 @@ def _check_shape(name: str, module: nn.Module, f: Factors) -> None:
     size = torch.Size(getattr(module, "weight_shape", None) or oracle.weight_of(module).shape)
     if isinstance(module, torch.nn.Embedding):
         fits = A[1:] == (size[0],) and B[:1] == (size[1],)
+        wanted = f"A (r, {size[0]}) and B ({size[1]}, r)"
     elif isinstance(module, torch.nn.Conv2d):
         fits = len(A) == len(B) == 2 and A[1] * B[0] == size.numel()
+        wanted = f"A (r, n) and B (m, r), m·n = {size.numel()},"
     else:
         rows = size[0]
         if isinstance(f.rows, slice):
@@ -405,10 +407,11 @@ def _check_shape(name: str, module: nn.Module, f: Factors) -> None:
         elif f.rows is not None:
             rows = int(f.rows.sum()) if f.rows.dtype == torch.bool else f.rows.numel()
         fits = A[1:] == (size[1],) and B[:1] == (rows,)
+        wanted = f"A (r, {size[1]}) and B ({rows}, r)"
     if not fits or len(A) != 2 or len(B) != 2 or A[0] != B[1]:
         fail(
             "value",
-            expected=f"A (r, in) and B (out, r) for a weight {tuple(size)}",
+            expected=f"{wanted} for a weight {tuple(size)}",
             actual=f"A {A}, B {B}, rows {f.rows}",
             where=name,
         )

@@ -159,7 +159,7 @@ def _storage_bytes(found: Any) -> int:
         "https://github.com/huggingface/peft/issues/286",
         "https://github.com/pytorch/torchtune/issues/1764",
     ),
-    needs=("forward/equals-oracle", "forward/sees-factors-now"),
+    needs=("forward/base-unchanged", "forward/equals-oracle", "forward/sees-factors-now"),
     tier="smoke",
     cases=(
         *KINDS,
@@ -265,8 +265,10 @@ def same_merged_or_not(trial: Trial) -> None:
 
 @spec(
     "checkpoint/odd-names",
-    claim="Modules and adapters called `weight…`, `lora_…` or `foo` beside `foobar` MUST reload alike.",
-    why="Keys taken apart by substrings lose exactly the layers whose names hold one.",
+    claim="Modules and adapters called `weight…`, `lora_…`, `foo` beside `foobar` or `a.b_c` beside "
+    "`a_b.c` MUST reload alike.",
+    why="Keys taken apart by substrings lose exactly the layers whose names hold one, and those that "
+    "are flattened save one layer in the place of two.",
     source=(
         "BUGS 51, 52",
         "https://github.com/huggingface/peft/issues/2772",
@@ -276,6 +278,7 @@ def same_merged_or_not(trial: Trial) -> None:
     cases=(
         Case(specimen="stack", way="modules"),
         Case(specimen="stack", way="modules_to_save"),
+        Case(specimen="underscored", way="flattened"),
         Case(way="adapter"),
     ),
 )
@@ -283,6 +286,13 @@ def odd_names(trial: Trial) -> None:
     """Reload an adapter of modules with traps for names; then one whose own name is a trap."""
     if trial.case.way == "modules":
         restores(trial, trial.config(target_modules=("weight_proj", "lora_gate", "foo", "foobar")))
+    elif trial.case.way == "flattened":
+        try:
+            trial.inject()
+        except Exception as refusal:  # noqa: BLE001  # refusing is right
+            trial.notes.append(f"names that differ in . and _ alone are refused: {refusal}"[:200])
+            return
+        restores(trial)
     elif trial.case.way == "modules_to_save" and trial.claims("modules_to_save"):
         _reload_saved_module(trial)
     elif trial.case.way == "adapter" and trial.claims("multi_adapter"):

@@ -119,7 +119,8 @@ def gradients(trial: Trial) -> None:
 
 @spec(
     "forward/backward-hooks",
-    claim="The gradients MUST be right where the base's layer has a backward hook, too.",
+    claim="The gradients MUST be right where the base's layer, or every module of the adapted model, "
+    "has a backward hook, too.",
     why="Profilers, loggers of gradients and DeepSpeed hook layers; what a hook answers with is a view, "
     "and adding the branch to it in place raises, or loses the hook's gradient.",
     source=(
@@ -128,16 +129,24 @@ def gradients(trial: Trial) -> None:
         "https://github.com/Lightning-AI/litgpt/pull/413",
     ),
     needs=("forward/gradients",),
-    cases=(Case(), Case(specimen="fused")),
+    cases=(
+        Case(),
+        Case(specimen="fused"),
+        Case(way="injected"),
+        Case(specimen="fused", way="injected"),
+    ),
 )
 def backward_hooks(trial: Trial) -> None:
-    """Judge against float64, with a hook that does nothing."""
+    """Judge against float64, with hooks that do nothing, from before injection or after it."""
     base = trial.base()
+    if trial.case.way == "injected":
+        _right(trial, base, hooked=True)
+        return
     base.get_submodule("proj").register_full_backward_hook(lambda *_: None)
     _right(trial, base)
 
 
-def _right(trial: Trial, base: nn.Module) -> None:
+def _right(trial: Trial, base: nn.Module, *, hooked: bool = False) -> None:
     """The gradients of the adapted base, in eval and in train mode, are those of the equation."""
     from harness import oracle, specimen, storage, tolerance
 
@@ -145,6 +154,8 @@ def _right(trial: Trial, base: nn.Module) -> None:
     if not x.is_floating_point():
         x = x.masked_fill(x == 1, 0)
     model = trial.adapted(base)
+    for module in model.modules() if hooked else ():
+        module.register_full_backward_hook(lambda *_: None)
     for train in (False, True):
         if train:
             model.train()

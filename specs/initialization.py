@@ -220,11 +220,16 @@ def factors_not_shared(trial: Trial) -> None:
 )
 def distribution(trial: Trial) -> None:
     """Judge the range, and the first two moments within what chance allows."""
+    import torch
+
     from harness import tolerance
 
     (parts,) = trial.snapshot(trial.inject()).values()
     A = parts[0].A
     u = A * A.shape[1] ** 0.5  # uniform on (-1, 1)
+    # Another width, or another shape, is another fault: diagnosis goes by the quantiles.
+    at = torch.linspace(0.05, 0.95, 19, dtype=u.dtype)
+    drawn = u.flatten().quantile(at)
     if float(u.abs().max()) > 1:
         fail(
             "value",
@@ -232,6 +237,8 @@ def distribution(trial: Trial) -> None:
             actual=f"{float(u.abs().max()):.4g}/√in",
             measured=float(u.abs().max()),
             allowed=1.0,
+            observed=drawn,
+            truth=2 * at - 1,
         )
     for what, found, expected, width in (
         ("the mean of A·√in", u.mean(), 0.0, 2.0),
@@ -246,6 +253,8 @@ def distribution(trial: Trial) -> None:
                 actual=f"{float(found):.4g}",
                 measured=off,
                 allowed=allowed,
+                observed=drawn,
+                truth=2 * at - 1,
             )
 
 

@@ -22,7 +22,12 @@ DESIGN = "DESIGN.md, multi_adapter"
     claim="Adding an adapter MUST change no output, and activating one MUST make that one alone act.",
     why="Serving or training one adapter with another's update in it is wrong without a sign of it.",
     source=(DESIGN, "BUGS 97", "https://github.com/huggingface/peft/pull/2466"),
-    needs=("forward/equals-oracle", "forward/embedding", "forward/sees-factors-now"),
+    needs=(
+        "forward/base-unchanged",
+        "forward/equals-oracle",
+        "forward/embedding",
+        "forward/sees-factors-now",
+    ),
     features=("multi_adapter",),
     cases=(
         Case(),
@@ -65,6 +70,7 @@ def switch(trial: Trial) -> None:
         "https://github.com/huggingface/peft/pull/905",
     ),
     needs=(
+        "checkpoint/same-frozen-or-not",
         "several/switch",
         "training/loss-goes-down",
         "checkpoint/round-trip-bits",

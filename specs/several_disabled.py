@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         "BUGS P-20, P20",
         "https://github.com/huggingface/peft/pull/368",
     ),
-    needs=("forward/equals-oracle", "forward/dropout-off-in-eval"),
+    needs=("forward/base-unchanged", "forward/equals-oracle", "forward/dropout-off-in-eval"),
     features=("disable",),
     cases=(
         Case(),

@@ -184,29 +184,30 @@ def nothing_else_trains(
         for name, p in model.named_parameters()
         if p.requires_grad and storage.covered(p, ours) != p.numel()
     ]
-    left = dict(wanted)
+    left, strays = dict(wanted), []
     for name, parameter in extra:
         meant = next((n for n, value in left.items() if same(value, parameter)), None)
         if meant is None:
-            fail(
-                "names",
-                expected=f"nothing trains but the factors{_and(wanted)}",
-                actual=f"{len(extra)} parameters more do",
-                where=name,
-            )
-        del left[meant]
+            strays.append(name)
+        else:
+            del left[meant]
+    if strays:
+        beside = f" and {', '.join(wanted)}" if wanted else ""
+        fail(
+            "names",
+            expected=f"nothing trains but the factors{beside}",
+            actual=f"{len(strays)} {'parameter' if len(strays) == 1 else 'parameters'} more "
+            f"{'does' if len(strays) == 1 else 'do'}",
+            where=strays[0],
+        )
     if left:
         fail(
             "names",
-            expected=f"beside the factors{_and(wanted)} train{'s' if len(wanted) == 1 else ''}",
+            expected=f"beside the factors, {', '.join(wanted)} train{'s' if len(wanted) == 1 else ''}",
             actual=f"{len(left)} of them {'does' if len(left) == 1 else 'do'} not",
             where=next(iter(left)),
         )
     return [parameter for _, parameter in extra]
-
-
-def _and(wanted: Mapping[str, Tensor]) -> str:
-    return f" and {', '.join(wanted)}" if wanted else ""
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -55,12 +55,14 @@ def bias_modes(trial: Trial) -> None:
             parameter.copy_(torch.linspace(-2.0 - k, 3.0 + k, parameter.numel()))
     held = trial.adapter.state_dict(model)
     state = {key: t for key, t in held.items() if isinstance(t, torch.Tensor)}
+    names = {p: name for name, p in model.named_parameters()}
     for parameter in extra:
         if not any(same(saved, parameter) for saved in state.values()):
             fail(
                 "names",
                 expected=f"under bias={mode!r}, all {len(extra)} trained biases in the checkpoint",
-                actual=f"one of shape {tuple(parameter.shape)} is not, as it now is",
+                actual=f"{names[parameter]} is not, as it now is",
+                where=names[parameter],
             )
     frozen = [n for n in biases if n not in wanted]
     saved_too = [n for n in frozen if any(same(t, biases[n]) for t in state.values())]
@@ -80,7 +82,7 @@ def bias_modes(trial: Trial) -> None:
     why="An optimizer that holds parameters which the model no longer uses trains nothing; weight "
     "decay on a base parameter shrinks it without any gradient.",
     source=("BUGS P-5, P-6",),
-    needs=("trainable/only-lora", "forward/gradients", "forward/phi3"),
+    needs=("forward/base-unchanged", "trainable/only-lora", "forward/gradients", "forward/phi3"),
     cases=(Case(), Case(specimen="tied"), Case(specimen="tiny")),
 )
 def optimizer_holds_only_lora(trial: Trial) -> None:

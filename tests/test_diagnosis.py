@@ -9,12 +9,16 @@ import pytest
 from strange import stranger
 
 from harness import diagnosis, fresh, registry, worker
+from harness.adapters.equation import Branch
 from harness.case import Case
 from harness.failure import Broken
 from harness.faults.record import Fault, faults
+from harness.faults.wrong import branches, wrong
 from harness.spec import catalogue
 
 if TYPE_CHECKING:
+    import torch
+
     from harness.adapter import Adapter
 
 SAMPLE = (
@@ -30,6 +34,7 @@ SAMPLE = (
     "zeros_stay_zero",
     "clips_the_rank_to_the_width",
     "truncates_when_merging",
+    "draws_A_from_a_normal",
 )
 """Of each family one or two."""
 
@@ -68,6 +73,23 @@ def test_what_is_right_is_called_nothing(name: str) -> None:
     adapter = registry.resolve(name)
     for id_ in ("merge/same-output", "forward/equals-oracle", "trainable/only-lora"):
         assert diagnosis.nearest(adapter, catalogue()[id_], Case()) == ()
+
+
+@pytest.mark.parametrize("width", [0.3, 0.43, 2.0])
+def test_a_uniform_of_another_width_is_not_called_normal(width: float) -> None:
+    """Where no fault fits, none is named; 0.43 has the normal's own spread."""
+
+    def initialize(self: Branch, generator: torch.Generator) -> None:
+        Branch.initialize(self, generator)
+        self.lora_A.data.mul_(width)
+
+    item, adapter = (
+        catalogue()["initialization/distribution"],
+        wrong(branches=branches(initialize=initialize)),
+    )
+
+    assert isinstance(worker.judge(adapter, item, item.cases[0])[0], Broken)
+    assert diagnosis.nearest(adapter, item, item.cases[0]) == ()
 
 
 @pytest.mark.slow

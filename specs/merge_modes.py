@@ -1,0 +1,92 @@
+"""What a merged model is beside its outputs: as frozen as it was, and the same in train mode."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from harness.case import Case
+from harness.failure import fail
+from harness.spec import spec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from harness.trial import Trial
+
+
+@spec(
+    "merge/base-stays-frozen",
+    # The contract says what trains after injection, and of merging nothing.
+    claim="Nothing of the base SHOULD train after merging that did not before.",
+    why="Who merges to evaluate and goes on, or hands the merged model to a trainer, trains and keeps "
+    "gradients of the whole base.",
+    source=(
+        "DESIGN: trainable are exactly the factors",
+        "https://github.com/THUDM/SwissArmyTransformer/blob/main/sat/model/finetune/lora2.py",
+        "https://github.com/cloneofsimo/lora/blob/master/lora_diffusion/lora.py",
+    ),
+    features=("merge",),
+    needs=("merge/same-output", "trainable/only-lora"),
+    cases=(Case(r=1), Case(specimen="embedding", r=1)),
+)
+def base_stays_frozen(trial: Trial) -> None:
+    """Judge at a rank at which a layer's weight has more elements than its factors, by their number.
+
+    The merged weight may be another tensor under another name, and the factors may be gone.
+    """
+    from harness import storage
+
+    model = trial.adapted()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before, ours = sum(p.numel() for p in trained), storage.elements(trained)
+    trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
+
+    now = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    freed = [name for name, p in now.items() if storage.covered(p, ours) != p.numel()]
+    after = sum(p.numel() for p in now.values())
+    if freed and after > before:
+        fail(
+            "state",
+            expected=f"at most the {before} elements that trained before merging",
+            actual=f"{after} train, those of {', '.join(freed[:3])} among them",
+            where=freed[0],
+        )
+
+
+@spec(
+    "merge/train-mode",
+    claim="A merged model MUST give the same outputs once it is put in train mode: what is merged is "
+    "added once, and dropout acts on the branch alone.",
+    why="A merged model that is trained further would drop inputs of the pretrained weights, or add "
+    "its update twice, in train mode only: no evaluation shows it.",
+    source=(
+        "DESIGN: lora_dropout on the branch alone, in train mode",
+        "BUGS P-11",
+    ),
+    features=("merge",),
+    needs=("merge/same-output", "forward/dropout-on-in-train"),
+    cases=(
+        Case(),
+        Case(dropout=0.5),
+        Case(specimen="conv2d", dropout=0.5),
+        Case(specimen="fused", dropout=0.5),
+    ),
+)
+def train_mode(trial: Trial) -> None:
+    """Judge the outputs in train mode: of factors that matter, and of dropout with a ΔW of zero.
+
+    Then the answer is the same where `train()` takes the update out again, as loralib's does.
+    """
+    drops = bool(trial.case.dropout)
+    if drops and not trial.claims("dropout"):
+        trial.notes.append("dropout is not claimed")
+        return
+    base, given = trial.base(), trial.inputs()
+    model: nn.Module = trial.inject() if drops else trial.adapted()
+    factors = trial.snapshot(model)
+    truth, budget = trial.truth(base, factors, given), trial.budget(base, factors, given)
+    adapter: Any = trial.adapter
+    adapter.merge(model)
+    model.train()
+
+    trial.close(trial.call(model, given), truth, budget, "merged output, in train mode")
