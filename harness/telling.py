@@ -146,11 +146,11 @@ def _blocked_elsewhere(results: Sequence[Result]) -> list[str]:
         if (causes := _causes(result)) and judged.isdisjoint(causes):
             blocked.setdefault(", ".join(causes), []).append(result.spec)
     lines = []
-    for causes, (first, *others) in blocked.items():
+    for needed, (first, *others) in blocked.items():
         more = f" and {len(others)} more" if others else ""
         lines.append(
-            f"  {first}{more}: {'need' if more else 'needs'} {causes}, which was not found to hold; "
-            f"see --only {causes.split(', ')[0]}"
+            f"  {first}{more}: {'need' if more else 'needs'} {needed}, which was not found to hold; "
+            f"see --only {needed.split(', ')[0]}"
         )
     return lines
 
