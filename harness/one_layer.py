@@ -101,7 +101,12 @@ def check_weight(
     shown = basis(trial)
     if shown.is_floating_point():
         added = trial.call(model, shown[:1] * 0)
-        trial.close(added, added * 0, 0.0, f"bias beside the {what}, seen in the output of zeros,")
+        trial.close(
+            added,
+            added.new_zeros(added.shape),
+            0.0,
+            f"bias beside the {what}, seen in the output of zeros,",
+        )
     found = trial.call(model, shown)
     trial.close(found, spread(base, W, shown), spread(base, budget, shown), what)
     read = getattr(trial.adapter, "base_weight", None)

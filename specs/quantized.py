@@ -115,7 +115,7 @@ def base_bits_unchanged(trial: Trial) -> None:
     claim="Merging into a 4-bit base MUST give W + ΔW within what rounding to four bits takes, or raise.",
     why="A merge that drops or doubles the update looks like quantisation error, and is not.",
     source=(QLORA, "BUGS 12, 28", "https://github.com/unslothai/unsloth-zoo/pull/810"),
-    needs=("quantized/forward-equals-dequantised-oracle", "merge/same-output"),
+    needs=("quantized/forward-equals-dequantised-oracle", "merge/train-mode"),
     features=("quantized_base", "merge"),
     cases=(Case(specimen="nf4"),),
     more_cases=(Case(specimen="nf4", dtype="bfloat16"), Case(specimen="nf4", r=13, alpha=2.0)),

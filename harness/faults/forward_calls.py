@@ -19,7 +19,7 @@ class AddsAndSubtracts(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         for branch in self.branches if self.enabled and not self.kept else ():
             weight: Tensor = self.weight.data
-            shift = (branch.scaling * branch.lora_B[0, 0] * branch.lora_A[0]).detach()  # (i,)
+            shift = (branch.lora_B.abs().mean() * branch.lora_A[0]).detach()  # (i,)
             if shift.shape == weight.shape[1:] and weight.is_floating_point():
                 weight.add_(shift).sub_(shift)
         return super().forward(x)
