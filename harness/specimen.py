@@ -65,6 +65,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "nf4": (128, 64),
 }
 
+KEPT = 128
+"""How many bases are held to be copied: more than a run of the core specs asks for."""
+
 PHI3_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
@@ -129,19 +132,19 @@ def modules(case: Case) -> dict[str, nn.Module]:
     return _modules(case.specimen, shape_of(case), case.dtype, case.device, case.seed)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=KEPT)
 def _modules(
     specimen: str, shape: tuple[int, ...], dtype: str, device: str, seed: int
 ) -> dict[str, nn.Module]:
     return dict(_pristine(specimen, shape, dtype, device, seed).named_modules())
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=KEPT)
 def _mould(specimen: str, shape: tuple[int, ...], dtype: str, device: str, seed: int) -> Mould:
     return Mould(_pristine(specimen, shape, dtype, device, seed))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=KEPT)
 def _pristine(
     specimen: str, shape: tuple[int, ...], dtype: str, device: str, seed: int
 ) -> nn.Module:

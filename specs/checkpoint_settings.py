@@ -64,6 +64,7 @@ def save_restores_biases(trial: Trial) -> None:
         "checkpoint/every-layer",
         "checkpoint/round-trip-bits",
         "checkpoint/save-restores-settings",
+        "checkpoint/same-frozen-or-not",
     ),
     features=("modules_to_save",),
     cases=(Case(specimen="normed"), Case(specimen="normed", way="save")),

@@ -58,7 +58,7 @@ def base_unchanged(trial: Trial) -> None:
         "DESIGN: handles are good until the next call that casts",
         "https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html",
     ),
-    needs=("forward/equals-oracle", "forward/output-dtype"),
+    needs=("forward/equals-oracle", "forward/output-dtype", "forward/sees-factors-now"),
     cases=tuple(Case(dtype=dtype) for dtype in ("float64", "bfloat16")),
 )
 def after_a_cast(trial: Trial) -> None:

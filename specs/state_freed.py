@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         "BUGS 64",
         "https://github.com/meta-pytorch/torchtune/pull/907",
     ),
-    needs=("forward/equals-oracle", "checkpoint/complete"),
+    needs=("forward/equals-oracle", "checkpoint/complete", "initialization/factors-not-shared"),
     cases=(Case(),),
 )
 def freed(trial: Trial) -> None:

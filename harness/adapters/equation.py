@@ -66,7 +66,11 @@ class Branch(nn.Module):
     def drop(self, x: Tensor) -> Tensor:
         """Dropout, on the branch alone."""
         x = x.to(self.lora_A.dtype)
-        return x if self.dropout is None else self.dropout(x)
+        return x if self.dropout is None else self.mask(x, self.dropout.p)
+
+    def mask(self, x: Tensor, p: float) -> Tensor:
+        """In train mode zeros with probability p, and the others divided by 1 - p."""
+        return functional.dropout(x, p, self.training)
 
     def down(self, base: Any, x: Tensor) -> Tensor:  # noqa: ARG002  # a convolution needs its base
         """A x: (…, i) to (…, r)."""

@@ -23,15 +23,15 @@ ROUND_TRIP = "checkpoint/round-trip-bits"
 
 
 class Selects(Reference):
-    """Saves and loads what `chosen` names, and is silent about the rest."""
+    """Saves and loads what `_chosen` names, and is silent about the rest."""
 
-    def chosen(self, model: nn.Module, key: str) -> bool:
+    def _chosen(self, model: nn.Module, key: str) -> bool:
         """Whether a key is saved and loaded."""
         raise NotImplementedError
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         own = super().state_dict(model)
-        return {key: tensor for key, tensor in own.items() if self.chosen(model, key)}
+        return {key: tensor for key, tensor in own.items() if self._chosen(model, key)}
 
     def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         self.require_unmerged(model, "load")
@@ -42,7 +42,7 @@ class Selects(Reference):
 
 
 class LastLayer(Selects):
-    def chosen(self, model: nn.Module, key: str) -> bool:
+    def _chosen(self, model: nn.Module, key: str) -> bool:
         last = list(self.layers(model))[-1]
         return key not in self.factor_tensors(model) or key.startswith(f"{last}.")
 
@@ -58,7 +58,7 @@ def saves_only_the_last_layer() -> Adapter:
 
 
 class Nothing(Selects):
-    def chosen(self, model: nn.Module, key: str) -> bool:
+    def _chosen(self, model: nn.Module, key: str) -> bool:
         return False
 
 
@@ -73,7 +73,7 @@ def saves_an_empty_checkpoint() -> Adapter:
 
 
 class NoEmbedding(Selects):
-    def chosen(self, model: nn.Module, key: str) -> bool:
+    def _chosen(self, model: nn.Module, key: str) -> bool:
         layer = self.layers(model).get(key.rsplit(".", 1)[0])
         return layer is None or not isinstance(layer.original, torch.nn.Embedding)
 
@@ -89,7 +89,7 @@ def leaves_the_embedding_out() -> Adapter:
 
 
 class NoWhole(Selects):
-    def chosen(self, model: nn.Module, key: str) -> bool:
+    def _chosen(self, model: nn.Module, key: str) -> bool:
         return key not in self.whole_tensors(model)
 
 
@@ -236,7 +236,7 @@ def saves_the_update_twice_while_merged() -> Adapter:
 
 
 class NoBias(Selects):
-    def chosen(self, model: nn.Module, key: str) -> bool:
+    def _chosen(self, model: nn.Module, key: str) -> bool:
         return "lora_bias" not in key
 
 
@@ -251,7 +251,7 @@ def leaves_the_bias_on_b_out() -> Adapter:
 
 
 class NoBuffers(Selects):
-    def chosen(self, model: nn.Module, key: str) -> bool:
+    def _chosen(self, model: nn.Module, key: str) -> bool:
         kept = self.whole_tensors(model).get(key)
         return kept is None or isinstance(kept, nn.Parameter)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class NoWeights(Selects):
-    def chosen(self, model: nn.Module, key: str) -> bool:
+    def _chosen(self, model: nn.Module, key: str) -> bool:
         return "weight" not in key.rsplit(".", 1)[0]
 
 

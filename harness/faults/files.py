@@ -121,17 +121,17 @@ def writes_its_targets_as_a_set() -> Adapter:
 class Rewrites(Reference):
     """Saves settings other than those it has."""
 
-    changes: dict[str, Any]
+    _changes: dict[str, Any]
 
     def save(self, model: nn.Module, directory: Path) -> None:
         super().save(model, directory)
         path = directory / "adapter.json"
         given = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps({**given, **self.changes}), encoding="utf-8")
+        path.write_text(json.dumps({**given, **self._changes}), encoding="utf-8")
 
 
 class NoRslora(Rewrites):
-    changes = {"use_rslora": False}  # noqa: RUF012  # never written to
+    _changes = {"use_rslora": False}  # noqa: RUF012  # never written to
 
 
 @fault(
@@ -145,7 +145,7 @@ def reloads_without_rslora() -> Adapter:
 
 
 class NoDropout(Rewrites):
-    changes = {"lora_dropout": 0.0}  # noqa: RUF012  # never written to
+    _changes = {"lora_dropout": 0.0}  # noqa: RUF012  # never written to
 
 
 @fault(
@@ -158,7 +158,7 @@ def reloads_without_dropout() -> Adapter:
 
 
 class NoAlpha(Rewrites):
-    changes = {"lora_alpha": 8.0}  # noqa: RUF012  # never written to
+    _changes = {"lora_alpha": 8.0}  # noqa: RUF012  # never written to
 
 
 @fault(
@@ -217,9 +217,9 @@ def loads_onto_the_base_it_remembers() -> Adapter:
 
 
 class SavesBiases(Reference):
-    """Saves the trained biases that `chosen` names, and reads what there is."""
+    """Saves the trained biases that `_chosen` names, and reads what there is."""
 
-    def chosen(self, model: nn.Module, key: str) -> bool:
+    def _chosen(self, model: nn.Module, key: str) -> bool:
         """Whether the bias of that name is saved."""
         raise NotImplementedError
 
@@ -228,7 +228,7 @@ class SavesBiases(Reference):
         state = {
             key: tensor
             for key, tensor in self.state_dict(model).items()
-            if key not in biases or self.chosen(model, key)
+            if key not in biases or self._chosen(model, key)
         }
         settings.write(directory, self.config(model), state)
 
@@ -242,7 +242,7 @@ class SavesBiases(Reference):
 
 
 class NotOfLayers(SavesBiases):
-    def chosen(self, model: nn.Module, key: str) -> bool:
+    def _chosen(self, model: nn.Module, key: str) -> bool:
         return self.config(model).bias == "all"
 
 
@@ -257,7 +257,7 @@ def saves_no_bias_of_its_layers() -> Adapter:
 
 
 class OfLayersAlone(SavesBiases):
-    def chosen(self, model: nn.Module, key: str) -> bool:
+    def _chosen(self, model: nn.Module, key: str) -> bool:
         return key.rsplit(".", 1)[0] in self.layers(model)
 
 

@@ -24,14 +24,11 @@ GRADIENTS = "forward/gradients"
 def _dropped(drop: Any) -> Adapter:
     """A reference whose branches do `drop(x, p, training)`; an embedding's have nothing to drop."""
 
-    def own(self: Any, x: Tensor) -> Tensor:
-        p = getattr(self.dropout, "p", 0.0)
-        if isinstance(self, EmbeddingBranch) or not p:
-            return x if isinstance(self, EmbeddingBranch) else Branch.drop(self, x)
-        y: Tensor = drop(x.to(self.lora_A.dtype), p, self.training)
+    def mask(self: Any, x: Tensor, p: float) -> Tensor:
+        y: Tensor = drop(x, p, self.training)
         return y
 
-    adapter: Adapter = wrong(branches=branches(drop=own))
+    adapter: Adapter = wrong(branches=branches(mask=mask))
     return adapter
 
 
@@ -99,12 +96,11 @@ def drops_without_dividing() -> Adapter:
 def _dropped_undivided(fits: Any) -> Adapter:
     """A reference whose branches that fit do not divide what they keep."""
 
-    def drop(self: Any, x: Tensor) -> Tensor:
-        y: Tensor = super(type(self), self).drop(x)
-        sin = fits(self) and self.training and self.dropout is not None
-        return y * (1 - self.dropout.p) if sin else y
+    def mask(self: Any, x: Tensor, p: float) -> Tensor:
+        y = Branch.mask(self, x, p)
+        return y * (1 - p) if fits(self) and self.training else y
 
-    adapter: Adapter = wrong(branches=branches(drop=drop))
+    adapter: Adapter = wrong(branches=branches(mask=mask))
     return adapter
 
 

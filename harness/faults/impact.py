@@ -116,8 +116,9 @@ def _replaced(changed: type, base: type) -> set[CodeType] | None:
             try:
                 before = inspect.getattr_static(base, name)
             except AttributeError:
-                # Of a module a new name is the fault's own; an adapter may be asked for one.
-                if issubclass(base, nn.Module) and not name.startswith("__"):
+                # Of a module a new name is the fault's own; an adapter may be asked for one, if public.
+                private = name.startswith("_") or issubclass(base, nn.Module)
+                if private and not name.startswith("__"):
                     continue
                 return None
             code = _code(before)

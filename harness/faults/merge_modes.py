@@ -14,8 +14,6 @@ from harness.faults.record import fault
 if TYPE_CHECKING:
     from harness.adapter import Adapter
 
-TRAIN_MODE = "merge/train-mode"
-
 
 class NewParameter(Adapted):
     def merge(self, merged: nn.Module) -> None:
@@ -34,15 +32,15 @@ def merges_into_a_parameter_that_trains() -> Adapter:
 
 class DropsMerged(Adapted):
     def forward(self, x: Tensor) -> Tensor:
-        if self.kept and self.enabled and x.is_floating_point():
+        if self.kept and self.enabled and isinstance(self.base, nn.Conv2d):
             for p in {branch.dropout.p for branch in self.branches if branch.dropout is not None}:
                 x = functional.dropout(x, p, self.training)
         return super().forward(x)
 
 
 @fault(
-    sin="Merged, in train mode, dropout falls on the input of the whole layer.",
-    killed_by=TRAIN_MODE,
+    sin="Merged, in train mode, dropout falls on the input of the whole convolution.",
+    killed_by="merge/train-mode",
     replays=("P-11",),
     varies="train mode while merged, with dropout",
 )
@@ -60,7 +58,7 @@ class TrainsBeside(Adapted):
 
 @fault(
     sin="In train mode the branch acts, merged or not.",
-    killed_by=TRAIN_MODE,
+    killed_by="merge/same-output",
     replays=("26",),
     varies="train mode while merged",
 )

@@ -105,15 +105,14 @@ def base_drifts_by_rounding_in_training() -> Adapter:
     varies="two runs from one seed",
 )
 def dropout_seeded_by_the_system() -> Adapter:
-    def drop(self: Any, x: Tensor) -> Tensor:
-        wide, p = x.to(self.lora_A.dtype), getattr(self.dropout, "p", 0.0)
-        if not self.training or not p:
-            return wide
+    def mask(self: Any, x: Tensor, p: float) -> Tensor:
+        if not self.training:
+            return x
         generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7)))
-        keep = torch.rand(wide.shape, generator=generator) >= p
-        return wide * keep.to(wide.device) / (1 - p)
+        keep = torch.rand(x.shape, generator=generator) >= p
+        return x * keep.to(x.device) / (1 - p)
 
-    return wrong(branches=linear(drop=drop))
+    return wrong(branches=linear(mask=mask))
 
 
 @fault(
@@ -223,18 +222,15 @@ def reuses_what_a_checkpoint_computed() -> Adapter:
     varies="dropout under checkpointing",
 )
 def recomputes_with_other_masks() -> Adapter:
-    def drop(self: Any, x: Tensor) -> Tensor:
-        if not self.training or self.dropout is None:
-            return Branch.drop(self, x)
+    def mask(self: Any, x: Tensor, p: float) -> Tensor:
+        if not self.training:
+            return x
         if not hasattr(self, "seeds"):
             self.seeds = count()
-        mask = torch.empty(x.shape).bernoulli_(
-            1 - self.dropout.p, generator=torch.Generator().manual_seed(next(self.seeds))
-        )
-        kept: Tensor = x.to(self.lora_A.dtype) * mask / (1 - self.dropout.p)
-        return kept
+        generator = torch.Generator().manual_seed(next(self.seeds))
+        return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator) / (1 - p)
 
-    return wrong(branches=linear(drop=drop))
+    return wrong(branches=linear(mask=mask))
 
 
 @fault(
