@@ -26,8 +26,16 @@ from harness.failure import NotRun
 LIMIT = 50
 """Seconds a child may take: less than a spec may, so that a hang is told for what it is."""
 
-LIBRARIES = ("torch", "transformers.modeling_utils", "accelerate", "bitsandbytes")
-"""What the server imports so that no child has to: what takes long, of what implementations import."""
+LIBRARIES = (
+    "torch",
+    "transformers.modeling_utils",
+    "accelerate",
+    "bitsandbytes",
+    "harness.registry",
+    "harness.trial",
+    "harness.specs.checkpoint_fresh",
+)
+"""What the server imports so that no child has to: of what implementations import, and of the harness."""
 
 ADAPTER = ""
 """The name by which a fresh process finds the implementation on trial here; none where it is an object."""
