@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from harness.session import Lost
 from harness.spec import Spec, catalogue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from harness.known import Known
     from harness.session import Session
@@ -139,11 +140,19 @@ class Judge:
         self.known: list[Known] = []
         self.results: dict[str, Result] = {}
         self._doubts: dict[str, dict[str, set[str]]] = {}
+        self.elsewhere: Callable[[Spec], Result | None] = lambda _: None
+        """What the other judge of a run finds of a spec that is not this one's, waited for."""
+
+    def beside(self, session: Session) -> Judge:
+        """Another judge of the same run, which asks another process; what one finds both know."""
+        other = copy.copy(self)
+        other._session = session  # noqa: SLF001  # its own kind
+        return other
 
     def result(self, item: Spec) -> Result:
         """What becomes of a spec; judged the first time, with what it needs."""
         if item.id not in self.results:
-            self.results[item.id] = self._judge(item)
+            self.results[item.id] = self.elsewhere(item) or self._judge(item)
         return self.results[item.id]
 
     def _judge(self, item: Spec) -> Result:
@@ -169,7 +178,7 @@ class Judge:
             result.seconds = round(time.monotonic() - started, 3)
             self._settle(item, cases, result, whole=not causes)
         if causes:
-            result.notes.append(f"needs {', '.join(id_ for id_ in self.results if id_ in causes)}")
+            result.notes.append(f"needs {', '.join(id_ for id_ in catalogue() if id_ in causes)}")
             if result.outcome in {"passed", "known"}:
                 result.outcome = "blocked"
         return result

@@ -183,6 +183,10 @@ class Lost:
     how: str
 
 
+class Ended(Exception):  # noqa: N818  # it is no error: who asks has outlived the run
+    """A question to a session that is over."""
+
+
 class Session:
     """Questions to one implementation in a process of its own, with a limit on each.
 
@@ -193,6 +197,8 @@ class Session:
         self._adapter = adapter
         self._process: _Process | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
+        self._met = False
+        self._ended = False
         self.named = isinstance(adapter, str)
         self.spelling = adapter if isinstance(adapter, str) else f"<{adapter.name}>"
         """How a command names the implementation."""
@@ -202,30 +208,33 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the process."""
+        """End the process, for good."""
+        self._ended = True
         self.close()
 
     def ask(self, request: dict[str, Any], *, limit: float) -> dict[str, Any] | Lost:
         """The answer, or how it was lost; raises `UsageError` where there is no adapter to ask."""
-        if self._process is None:
-            self._start()
-            if request["do"] != "describe" and isinstance(lost := self._imported(), Lost):
-                return lost
-        assert self._process is not None
+        self.start()
         if request["do"] == "describe":
+            self._met = True
             limit += START_LIMIT
+        elif not self._met and isinstance(lost := self._imported(), Lost):
+            return lost
+        process = self._process
+        if process is None:
+            raise Ended
         try:
-            self._process.requests.write(json.dumps(request) + "\n")
-            self._process.requests.flush()
+            process.requests.write(json.dumps(request) + "\n")
+            process.requests.flush()
         except (BrokenPipeError, OSError):
             pass  # it is dead; the reader says how
         try:
-            line = self._wait(limit)
+            line = self._wait(process.pid, limit)
         except queue.Empty:
             self.close()
             return Lost("hang", f"no answer within {limit:g} s")
         if line is None:
-            how = self._process.status()
+            how = process.status()
             self.close()
             return Lost("crash", how)
         answer: dict[str, Any] = json.loads(line)
@@ -238,25 +247,24 @@ class Session:
         """The answer of a process that was started anew, once it has imported the implementation."""
         return self.ask({"do": "describe"}, limit=0)
 
-    def _wait(self, limit: float) -> str | None:
+    def _wait(self, pid: int, limit: float) -> str | None:
         """The next line; raises `queue.Empty` when the process has had its time.
 
         On a machine with more work than cores a process that is at work may need more time than the
         limit to be given that much: it is let go on while it computes, up to `STARVED` times as long.
         """
-        assert self._process is not None
         # Most answers are here at once: what the process computes is asked only of those that are not.
         first = min(limit, AT_ONCE)
         with contextlib.suppress(queue.Empty):
             return self._lines.get(timeout=first)
-        started = _cpu_seconds(self._process.pid)
+        started = _cpu_seconds(pid)
         for round_ in range(STARVED):
-            before = _cpu_seconds(self._process.pid)
+            before = _cpu_seconds(pid)
             wait = limit - first if round_ == 0 else limit
             try:
                 return self._lines.get(timeout=wait)
             except queue.Empty:
-                now = _cpu_seconds(self._process.pid)
+                now = _cpu_seconds(pid)
                 idle = now - before < AT_WORK * wait
                 if idle or now - started >= limit or round_ == STARVED - 1:
                     raise
@@ -264,11 +272,16 @@ class Session:
 
     def close(self) -> None:
         """End the process, if there is one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process = None
+        process, self._process, self._met = self._process, None, False
+        if process is not None:
+            process.kill()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Let the process begin to import, if there is none; raises `Ended` after the run."""
+        if self._process is not None:
+            return
+        if self._ended:
+            raise Ended
         process: _Process = (
             Spawned(self._adapter) if isinstance(self._adapter, str) else Forked(self._adapter)
         )

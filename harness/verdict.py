@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness import known as known_failures
+from harness import lanes
 from harness.judge import LIMIT, Judge, Points, Result
 from harness.session import Session
 from harness.spec import SPEC_VERSION, Tier, catalogue, select
@@ -100,7 +101,7 @@ def check(
     on_trial: Callable[[dict[str, str]], None] | None = None,
     progress: Callable[[Result], None] | None = None,
 ) -> Verdict:
-    """A verdict on one implementation, in a process of its own.
+    """A verdict on one implementation, in a process of its own, or two at once for a whole tier.
 
     Args:
         adapter: a built-in name, an entry-point name, `pkg.module:factory`, or the object itself.
@@ -123,7 +124,12 @@ def check(
     from harness import environment
 
     specs = select(only, tier)
-    with Session(adapter) as session:
+    # Not where a second process weighs more than it saves: a few specs, a large model, one card.
+    in_two = not (only or case or model or tier == "smoke" or (device or "cpu") != "cpu")
+    with Session(adapter) as session, Session(adapter) as second:
+        session.start()
+        if in_two:
+            second.start()
         judge = Judge(
             session, Points(case, model, device, dtype, tier, seed), limit=limit, explore=explore
         )
@@ -138,8 +144,12 @@ def check(
         judge.known = entries
         if any(item.fresh for item in specs.values()):
             session.ask({"do": "prepare"}, limit=limit)
-        for item in specs.values():
-            result = judge.result(item)
+        found = (
+            lanes.judge_in_two((judge, judge.beside(second)), specs)
+            if in_two
+            else (judge.result(item) for item in specs.values())
+        )
+        for result in found:
             if progress:
                 progress(result)
         results = [judge.results[id_] for id_ in specs]
