@@ -16,6 +16,7 @@ import tempfile
 import warnings
 import zlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,15 +174,14 @@ class Trial:
         for name, parts in self.factors(model).items():
             for k, f in enumerate(parts):
                 drawn = f"{name}/{k}/{seed}" + (f"/{self.case.seed}" if self.case.seed else "")
-                g = torch.Generator().manual_seed(zlib.crc32(drawn.encode()))
+                (r, i), o = f.A.shape, f.B.shape[0]
+                small = r * (i + o) <= SMALL
+                a, b, bias = (_drawn if small else _drawn.__wrapped__)(drawn, r, i, o)
                 with torch.no_grad():
-                    r, i = f.A.shape
-                    a = torch.randn(r, i, generator=g, dtype=torch.float64)
-                    b = torch.randn(f.B.shape[0], r, generator=g, dtype=torch.float64)
                     f.A.copy_(a / i**0.25)
                     f.B.copy_(effect * b / (i**0.25 * r**0.5 * max(abs(f.scaling), 1e-3)))
                     if f.bias is not None:
-                        f.bias.copy_(torch.randn(f.bias.shape, generator=g, dtype=torch.float64))
+                        f.bias.copy_(bias)
         written = self.snapshot(model)
         for name, parts in written.items():
             for f in parts:
@@ -316,6 +316,18 @@ class Trial:
         if not raised and not said - always:
             besides = f" but {min(said)!r}, as always" if said else ""
             fail("silent", expected=expected, actual=f"nothing was raised or warned{besides}")
+
+
+SMALL = 100_000
+"""Numbers in a layer's factors up to which what was drawn for them is kept for the next time."""
+
+
+@lru_cache(maxsize=2048)
+def _drawn(key: str, r: int, i: int, o: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal numbers for A (r, i), B (o, r) and the bias (o,), by a key; not to be written into."""
+    g = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    a, b = (torch.randn(*size, generator=g, dtype=torch.float64) for size in ((r, i), (o, r)))
+    return a, b, torch.randn(o, generator=g, dtype=torch.float64)
 
 
 def seed_all(seed: int) -> None:
