@@ -66,12 +66,7 @@ RELEASES = {
     "peft 0.4.0: a second adapter trains at once": Release(
         leg=("peft==0.4.0", OLD),
         spec="several/only-the-active-trains",
-        aside=(
-            ("targeting/exact-coverage", "names"),
-            ("trainable/only-lora", "names"),
-            ("trainable/names-decide-nothing", "names"),
-            ("forward/conv2d", "value"),
-        ),
+        aside=(("targeting/exact-coverage", "names"),),
     ),
     "peft 0.8.1: merging twice": Release(leg=("peft==0.8.1", OLD), spec="merge/idempotent"),
     "peft 0.9.0: lora_only trains no bias": Release(
