@@ -97,7 +97,7 @@ def test_a_merged_layer_with_a_bias_of_its_own_is_told_as_that():
 
 
 def test_what_is_blocked_is_told_by_what_it_waits_for():
-    """Through any number of needs, and once for each that fails; the one most waited for first."""
+    """Once for each spec that fails, the one most waited for first."""
 
     def one(spec, outcome, *needs):
         notes = [f"needs {', '.join(needs)}"] if needs else []
@@ -108,7 +108,7 @@ def test_what_is_blocked_is_told_by_what_it_waits_for():
             one("a/fails", "failed"),
             one("b/fails", "failed"),
             one("c/waits", "blocked", "b/fails"),
-            one("d/waits", "blocked", "c/waits", "a/fails"),
+            one("d/waits", "blocked", "a/fails", "b/fails"),
             one("e/elsewhere", "blocked", "f/not-asked"),
         ]
     )
