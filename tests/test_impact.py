@@ -65,10 +65,10 @@ def test_what_is_replaced_is_the_references_own_function():
     linear = next(iter(Reference.branches))
 
     assert replaced(Reference()) == set()
-    assert replaced(with_layer(MergesTwice)) == {Adapted.merge.__code__}
-    assert replaced(with_layer(Modes)) == {Adapted.train.__code__}
-    assert replaced(with_branches({linear: Scales})) == {Branch.__init__.__code__}
-    assert replaced(Disables()) == {Reference.disable.__wrapped__.__code__}
+    assert replaced(with_layer(MergesTwice)) == {(Adapted.merge.__code__, Adapted)}
+    assert replaced(with_layer(Modes)) == {(Adapted.train.__code__, Adapted)}
+    assert replaced(with_branches({linear: Scales})) == {(Branch.__init__.__code__, Branch)}
+    assert replaced(Disables()) == {(Reference.disable.__wrapped__.__code__, Reference)}
 
 
 def test_what_is_no_function_may_change_everything():

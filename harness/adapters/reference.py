@@ -87,7 +87,7 @@ class Reference:
     def inject(self, model: nn.Module, config: LoraConfig) -> nn.Module:
         """Adapt the modules named; the same model, in its own mode; ValueError if already adapted."""
         if hasattr(model, "_lora"):
-            raise ValueError("the model is adapted already: `add` adds another adapter")
+            return self.inject_again(model, config)
         model._lora = State()  # type: ignore[assignment]  # noqa: SLF001
         try:
             self.attach(model, "default", config, trainable=True)
@@ -97,6 +97,10 @@ class Reference:
         self.set_trainability(model)
         self.checkpoint_inputs(model)
         return model
+
+    def inject_again(self, model: nn.Module, config: LoraConfig) -> nn.Module:  # noqa: ARG002
+        """ValueError: the first adapter would be lost, or two would act as one."""
+        raise ValueError("the model is adapted already: `add` adds another adapter")
 
     def attach(self, model: nn.Module, name: str, config: LoraConfig, *, trainable: bool) -> None:
         """Give the modules that `config` names an adapter called `name`; nothing if that raises."""
@@ -117,8 +121,26 @@ class Reference:
         self.state(model).trainable[name] = trainable
 
     def targets(self, model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-        """The modules to adapt, by path."""
+        """The modules to adapt, by path; ValueError on a name without a module."""
+        if isinstance(config.target_modules, str):
+            return self.all_linear(model, config)
+        try:
+            return config.targets(model)
+        except ValueError as error:
+            return self.unmatched(model, config, error)
+
+    def all_linear(self, model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+        """Every `nn.Linear` but the output head; ValueError where there is none."""
         return config.targets(model)
+
+    def unmatched(
+        self,
+        model: nn.Module,  # noqa: ARG002
+        config: LoraConfig,  # noqa: ARG002
+        error: ValueError,
+    ) -> dict[str, nn.Module]:
+        """Raise the error: what was asked for is not there."""
+        raise error
 
     def whole_modules(
         self, model: nn.Module, config: LoraConfig, targets: Mapping[str, nn.Module]
@@ -146,10 +168,16 @@ class Reference:
         if kind is None:
             known = ", ".join(base_kind.__name__ for base_kind in self.branches)
             raise ValueError(f"{path} is a {type(base).__name__}; what can be adapted is {known}")
-        branches = [kind(base, config, rows) for rows in config.parts(path) or [None]]  # type: ignore[list-item]
+        parts = config.parts(path)
+        rows = [None] if parts is None else self.rows_of(base, parts)
+        branches = [kind(base, config, part) for part in rows]
         for part, branch in enumerate(branches):
             branch.initialize(self.generator(f"{adapter}/{path}/{part}"))
         return branches
+
+    def rows_of(self, base: nn.Module, parts: list[slice]) -> list[slice]:  # noqa: ARG002
+        """The rows of a fused layer that get a branch each: those of the wanted parts."""
+        return parts
 
     def generator(self, key: str) -> torch.Generator:
         """Draws for one branch: by torch's seed and the branch's name; torch's own state stays."""

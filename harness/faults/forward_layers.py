@@ -15,26 +15,14 @@ from harness.faults.record import fault
 from harness.faults.wrong import answering, branches, layer, named, wrong
 
 if TYPE_CHECKING:
-    from harness.adapter import Adapter, LoraConfig
+    from harness.adapter import Adapter
 
 PARTS = "forward/fused-parts"
 
 
 def _rows(change: Any) -> Adapter:
     """A reference that gives a fused layer's branches the rows `change(slices, base)` says."""
-
-    def make_branches(
-        self: Any, path: str, base: Any, adapter: str, config: LoraConfig
-    ) -> list[Branch]:
-        rows = config.parts(path)
-        if rows is None:
-            return Reference.make_branches(self, path, base, adapter, config)
-        made = [Branch(base, config, part) for part in change(rows, base)]
-        for part, branch in enumerate(made):
-            branch.initialize(self.generator(f"{adapter}/{path}/{part}"))
-        return made
-
-    adapter: Adapter = wrong(make_branches=make_branches)
+    adapter: Adapter = wrong(rows_of=lambda self, base, rows: change(rows, base))  # noqa: ARG005
     return adapter
 
 

@@ -2,11 +2,13 @@
 
     reference   merge/same-output at linear   ran  Reference.merge  Adapted.merged  Branch.delta ...
     fault       replaces Branch.delta         ──►  judged
-    fault       replaces Reference.load       ──►  the reference's own answer: it would be judged alike
+    fault       replaces ConvBranch's delta   ──►  the reference's own answer: it would be judged alike
+    fault       replaces Reference.load       ──►  likewise
 
-A fault is the reference but for a few functions, so a question whose answer took none of those has the
-same answer. What a question runs is traced once, on the reference. Where a fault changes anything but
-functions, or a question asks another process, nothing is known and all is judged.
+A fault is the reference but for a few functions of a few classes, so a question whose answer took none
+of those, on objects of those, has the same answer. What a question runs is traced once, on the
+reference. Where a fault changes anything but functions, or a question asks another process, nothing is
+known and all is judged.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import subprocess
 import sys
 import threading
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -30,7 +33,12 @@ if TYPE_CHECKING:
 
     from harness.adapter import Adapter
 
-_ELSEWHERE = {fresh.call.__code__, subprocess.Popen.__init__.__code__}
+Ran = tuple["CodeType", type | None]
+"""A function, and the class of the object that it ran on; None where that is not told apart."""
+
+_ELSEWHERE: frozenset[Ran] = frozenset(
+    {(fresh.call.__code__, None), (subprocess.Popen.__init__.__code__, None)}
+)
 """What starts or asks another process, where nothing is traced."""
 
 _OWN = frozenset({"__module__", "__qualname__", "__doc__", "__annotations__", "__parameters__"})
@@ -39,7 +47,10 @@ _OWN = frozenset({"__module__", "__qualname__", "__doc__", "__annotations__", "_
 _PARTS = ("layer", "whole", "branches")
 """What the reference is composed of."""
 
-Memory = dict[str, tuple[dict[str, Any], set["CodeType"]]]
+_OURS = frozenset({Reference, Reference.layer, Reference.whole, *Reference.branches.values()})
+"""The classes that a fault may be a subclass of."""
+
+Memory = dict[str, tuple[dict[str, Any], set[Ran]]]
 
 
 class Traced(Session):
@@ -51,11 +62,15 @@ class Traced(Session):
 
     def ask(self, request: dict[str, Any], *, limit: float) -> dict[str, Any] | Lost:
         """The answer, which no limit cuts off."""
-        ran: set[CodeType] = set()
+        ran: set[Ran] = set()
+        known = _replaceable()
 
         def note(frame: FrameType, event: str, _: object) -> None:
             if event == "call":
-                ran.add(frame.f_code)
+                code = frame.f_code
+                if code in known:
+                    kind = type(frame.f_locals.get("self")) if _is_method(code) else None
+                    ran.add((code, kind if kind in _OURS else None))
 
         assert isinstance(self._adapter, Reference)
         threading.setprofile(note)
@@ -86,8 +101,8 @@ class Remembering(Session):
         return answer
 
 
-def replaced(adapter: Adapter) -> set[CodeType] | None:
-    """The reference's functions that an adapter replaces; None where it changes more, or is no such."""
+def replaced(adapter: Adapter) -> set[Ran] | None:
+    """The reference's functions that an adapter replaces, by class; None where it changes more."""
     if not isinstance(adapter, Reference) or vars(adapter).keys() - set(_PARTS):
         return None
     pairs: list[tuple[type, type]] = [
@@ -98,7 +113,7 @@ def replaced(adapter: Adapter) -> set[CodeType] | None:
     if adapter.branches.keys() != Reference.branches.keys():
         return None
     pairs += [(adapter.branches[kind], base) for kind, base in Reference.branches.items()]
-    found: set[CodeType] = set()
+    found: set[Ran] = set()
     for changed, base in pairs:
         codes = _replaced(changed, base)
         if codes is None:
@@ -107,10 +122,10 @@ def replaced(adapter: Adapter) -> set[CodeType] | None:
     return found
 
 
-def _replaced(changed: type, base: type) -> set[CodeType] | None:
+def _replaced(changed: type, base: type) -> set[Ran] | None:
     if not issubclass(changed, base) or "<locals>" in changed.__qualname__:
         return None  # a class in a function cannot be pickled: that alone is a difference
-    found = set()
+    found: set[Ran] = set()
     for part in changed.__mro__[: changed.__mro__.index(base)]:
         for name in vars(part).keys() - _OWN - set(_PARTS):
             try:
@@ -124,8 +139,19 @@ def _replaced(changed: type, base: type) -> set[CodeType] | None:
             code = _code(before)
             if code is None:
                 return None
-            found.add(code)
+            found.add((code, base if _is_method(code) else None))
     return found
+
+
+@cache
+def _replaceable() -> frozenset[CodeType]:
+    """Every function that a fault might replace, and those that lead elsewhere: all that is traced."""
+    own = {_code(inspect.getattr_static(kind, name)) for kind in _OURS for name in dir(kind)}
+    return frozenset({code for code in own if code is not None} | {code for code, _ in _ELSEWHERE})
+
+
+def _is_method(code: CodeType) -> bool:
+    return code.co_argcount > 0 and code.co_varnames[0] == "self"
 
 
 def _code(attribute: Any) -> CodeType | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from harness.adapter import load_exactly, matches
+from harness.adapter import load_exactly
 from harness.adapters.equation import dropout_of
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
 from harness.faults.record import fault
+from harness.faults.targeting import those_there
 from harness.faults.wrong import layer, wrong
 
 if TYPE_CHECKING:
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 
 SETTINGS = "several/other-settings"
 ISOLATION = "several/isolation"
+
+
+def added_by(**seams: Any) -> Adapter:
+    """A reference whose adapters after the first are added by one with these members."""
+    adder = wrong(**seams)
+    adapter: Adapter = wrong(add=lambda _, *args, **settings: adder.add(*args, **settings))
+    return adapter
 
 
 def adding(act: Callable[[Any, nn.Module, str], object]) -> Adapter:
@@ -60,7 +68,7 @@ def second_adapter_misses_what_is_wrapped() -> Adapter:
         found: dict[str, nn.Module] = config.targets(model)
         return {path: module for path, module in found.items() if path not in taken}
 
-    return wrong(targets=targets)
+    return added_by(targets=targets)
 
 
 @fault(
@@ -71,7 +79,7 @@ def second_adapter_misses_what_is_wrapped() -> Adapter:
 )
 def second_adapter_matches_by_substring() -> Adapter:
     def targets(self: Any, model: Any, config: Any) -> dict[str, nn.Module]:
-        if not self.state(model).configs or isinstance(config.target_modules, str):
+        if isinstance(config.target_modules, str):
             return config.targets(model)  # type: ignore[no-any-return]
         adaptable: tuple[type[nn.Module], ...] = tuple(self.branches)
         return {
@@ -80,7 +88,7 @@ def second_adapter_matches_by_substring() -> Adapter:
             if isinstance(module, adaptable) and any(name in path for name in config.target_modules)
         }
 
-    return wrong(targets=targets)
+    return added_by(targets=targets)
 
 
 @fault(
@@ -90,11 +98,13 @@ def second_adapter_matches_by_substring() -> Adapter:
     varies="another rank and alpha",
 )
 def second_adapter_takes_the_first_settings() -> Adapter:
-    def make_branches(self: Any, path: str, base: Any, adapter: str, config: Any) -> Any:
-        self.first = config if adapter == "default" else self.first
-        return Reference.make_branches(self, path, base, adapter, self.first)
+    def attach(self: Any, model: Any, name: str, config: Any, *, trainable: bool) -> None:
+        first = self.state(model).configs["default"]
+        own = dataclasses.replace(config, r=first.r, lora_alpha=first.lora_alpha)
+        Reference.attach(self, model, name, own, trainable=trainable)
+        self.state(model).configs[name] = config
 
-    return wrong(make_branches=make_branches)
+    return added_by(attach=attach)
 
 
 @fault(
@@ -104,10 +114,10 @@ def second_adapter_takes_the_first_settings() -> Adapter:
 )
 def second_adapter_ignores_rslora() -> Adapter:
     def make_branches(self: Any, path: str, base: Any, adapter: str, config: Any) -> Any:
-        own = config if adapter == "default" else dataclasses.replace(config, use_rslora=False)
+        own = dataclasses.replace(config, use_rslora=False)
         return Reference.make_branches(self, path, base, adapter, own)
 
-    return wrong(make_branches=make_branches)
+    return added_by(make_branches=make_branches)
 
 
 @fault(
@@ -117,17 +127,7 @@ def second_adapter_ignores_rslora() -> Adapter:
     varies="a misspelt target of the second adapter",
 )
 def second_adapter_passes_by_unmatched_names() -> Adapter:
-    def targets(self: Any, model: Any, config: Any) -> dict[str, nn.Module]:
-        names = config.target_modules
-        if self.state(model).configs and not isinstance(names, str):
-            there = [path for path, _ in model.named_modules()]
-            names = tuple(name for name in names if any(matches(path, name) for path in there))
-        found: dict[str, nn.Module] = {}
-        if names:
-            found = dataclasses.replace(config, target_modules=names).targets(model)
-        return found
-
-    return wrong(targets=targets)
+    return added_by(unmatched=those_there)
 
 
 @fault(
@@ -137,15 +137,12 @@ def second_adapter_passes_by_unmatched_names() -> Adapter:
     varies="no target of the second adapter in the model",
 )
 def second_adapter_may_adapt_nothing() -> Adapter:
-    def targets(self: Any, model: Any, config: Any) -> dict[str, nn.Module]:
-        try:
-            return config.targets(model)  # type: ignore[no-any-return]
-        except ValueError:
-            if self.state(model).configs and len(config.target_modules) == 1:
-                return {}
-            raise
+    def unmatched(self: Any, model: Any, config: Any, error: ValueError) -> dict[str, nn.Module]:
+        if len(config.target_modules) > 1:
+            return Reference.unmatched(self, model, config, error)  # some of them may be there
+        return {}
 
-    return wrong(targets=targets)
+    return added_by(unmatched=unmatched)
 
 
 @fault(

@@ -129,6 +129,17 @@ def joins_two_names() -> Adapter:
     return wrong(targets=targets)
 
 
+def those_there(
+    _: Any, model: nn.Module, config: LoraConfig, error: ValueError
+) -> dict[str, nn.Module]:
+    """The modules of those of the names that match any; the error where none does."""
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    there = [t for t in config.target_modules if any(matches(path, t) for path in paths)]
+    if not there:
+        raise error
+    return replace(config, target_modules=tuple(there)).targets(model)
+
+
 @fault(
     sin="Names that match nothing are passed over where others match.",
     killed_by="targeting/unmatched-name-is-loud",
@@ -137,15 +148,7 @@ def joins_two_names() -> Adapter:
 )
 def ignores_unmatched_names() -> Adapter:
     """Llama's names on Phi-3 adapt `o_proj` and `down_proj`, in silence."""
-
-    def targets(self: Any, model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-        if isinstance(config.target_modules, str):
-            return Reference.targets(self, model, config)
-        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        there = [t for t in config.target_modules if any(matches(name, t) for name in names)]
-        return replace(config, target_modules=tuple(there)).targets(model)
-
-    return wrong(targets=targets)
+    return wrong(unmatched=those_there)
 
 
 @fault(
@@ -175,14 +178,11 @@ def warns_of_something_else() -> Adapter:
 def makes_an_error_and_does_not_raise_it() -> Adapter:
     """Nothing is adapted, and nothing said."""
 
-    def targets(self: Any, model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-        try:
-            return Reference.targets(self, model, config)
-        except ValueError as error:
-            ValueError(f"no module to adapt: {error}")  # noqa: PLW0133  # the sin
-            return {}
+    def unmatched(*_: Any) -> dict[str, nn.Module]:
+        ValueError("no module to adapt")  # noqa: PLW0133  # the sin
+        return {}
 
-    return wrong(targets=targets)
+    return wrong(unmatched=unmatched)
 
 
 @fault(
@@ -193,11 +193,7 @@ def makes_an_error_and_does_not_raise_it() -> Adapter:
 )
 def keeps_the_old_adapter() -> Adapter:
     """The second configuration is dropped in silence."""
-
-    def inject(self: Any, model: Any, config: LoraConfig) -> Any:
-        return model if hasattr(model, "_lora") else Reference.inject(self, model, config)
-
-    return wrong(inject=inject)
+    return wrong(inject_again=lambda self, model, config: model)  # noqa: ARG005
 
 
 @fault(
@@ -209,9 +205,7 @@ def keeps_the_old_adapter() -> Adapter:
 def adapts_its_own_layers() -> Adapter:
     """An adapted layer within an adapted layer."""
 
-    def inject(self: Any, model: Any, config: LoraConfig) -> Any:
-        if not hasattr(model, "_lora"):
-            return Reference.inject(self, model, config)
+    def inject_again(self: Any, model: Any, config: LoraConfig) -> Any:
         for path, outer in self.layers(model).items():
             inner = layer()(outer.base)
             made = self.make_branches(path, outer.base, "default", config)
@@ -219,7 +213,7 @@ def adapts_its_own_layers() -> Adapter:
             outer.base = inner
         return model
 
-    return wrong(inject=inject)
+    return wrong(inject_again=inject_again)
 
 
 @fault(

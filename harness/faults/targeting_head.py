@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from harness.adapter import LoraConfig, matches
-from harness.adapters.reference import Reference
 from harness.faults.record import fault
 from harness.faults.wrong import wrong
 
@@ -22,9 +21,7 @@ HEAD = "targeting/all-linear-leaves-the-head"
 def _all_linear(keep: Callable[[list[tuple[str, nn.Module]], nn.Module], Any]) -> Adapter:
     """A reference to which "all-linear" means what `keep(linears, model)` leaves."""
 
-    def targets(self: Any, model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-        if not isinstance(config.target_modules, str):
-            return Reference.targets(self, model, config)
+    def all_linear(self: Any, model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:  # noqa: ARG001
         linears: list[tuple[str, nn.Module]] = [
             (name, module)
             for name, module in model.named_modules()
@@ -32,7 +29,7 @@ def _all_linear(keep: Callable[[list[tuple[str, nn.Module]], nn.Module], Any]) -
         ]
         return dict(keep(linears, model))
 
-    adapter: Adapter = wrong(targets=targets)
+    adapter: Adapter = wrong(all_linear=all_linear)
     return adapter
 
 

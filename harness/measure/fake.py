@@ -3,14 +3,55 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from types import NoneType
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, TensorMetadata
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import Phi3ForCausalLM
+
+
+_PLAIN = frozenset({int, float, bool, str, NoneType, torch.dtype, torch.device, torch.layout})
+
+
+class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
+    """Fake tensors whose cache is asked in a third of the time: no size here is a symbol.
+
+    torch looks an operator's result up by what its arguments are, field by field, each tested for
+    symbols; that is most of what a fake operator costs (torch 2.5 to 2.15).
+    """
+
+    def _prep_args_for_hash(self, result: list[Any], args: Any, *more: Any) -> None:
+        if isinstance(args, dict):
+            result.append(tuple(args))
+            args = tuple(args.values())
+        result.append((type(args), len(args)))
+        for arg in args:
+            if type(arg) is FakeTensor and arg.fake_mode is self and arg.constant is None:
+                result.append(
+                    (
+                        arg.dtype,
+                        arg.shape,
+                        arg.stride(),
+                        arg.fake_device,
+                        arg.storage_offset(),
+                        arg.untyped_storage().nbytes(),
+                        arg.requires_grad,
+                        arg.is_inference(),
+                        arg.is_conj(),
+                        arg.is_neg(),
+                    )
+                )
+            elif type(arg) in _PLAIN:
+                result += type(arg), arg
+            elif isinstance(arg, list | tuple):
+                self._prep_args_for_hash(result, arg, *more)
+            else:
+                super()._prep_args_for_hash(result, [arg], *more)
 
 
 @contextmanager
@@ -21,9 +62,7 @@ def fake_tensors() -> Iterator[None]:
     tensors. Both devices' fused attentions keep the same for backward (q, k, v, the output, and one
     float32 a row), so that the bytes are the same; their names differ.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    mode = FakeTensorMode()
+    mode = _Mode() if hasattr(TensorMetadata, "_flatten_into") else FakeTensorMode()
     # The memo holds weak references to fresh fake tensors; `Module.to` refuses to convert a
     # parameter that has one, even to what it is already (torch 2.13, `torch.utils.swap_tensors`).
     # No real tensor is converted twice here, which is all that the memo is for.
