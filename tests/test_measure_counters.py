@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness import LoraConfig, phi3, registry, worker
 from harness.adapters.reference import Reference
@@ -207,6 +209,22 @@ def test_fake_tensors_peak_where_real_ones_do(adapter):
     assert planned.peak == found.peak
     assert planned.flops == found.flops
     assert planned.saved_bytes == found.saved_bytes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_kept_answer_is_the_operators_own(checkpointing):
+    """Torch's own cross-check of each answer that its cache gives to our shorter questions."""
+    checked = torch._dynamo.config.patch(fake_tensor_cache_crosscheck_enabled=True)
+    before = FakeTensorMode.cache_info().hits
+    with checked, fake_tensors():
+        base = fake_model("tiny", "bfloat16")
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
+        model = registry.resolve("peft").inject(base, config)
+        count_step(model, batch_of(model, batch=2, sequence=24))
+
+    assert FakeTensorMode.cache_info().hits > before + 1000
 
 
 def test_the_peak_is_the_allocator_s_within_two_per_cent():
