@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import site
 import subprocess
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 RUNS = ("check", "bench", "finetune", "plan")
 """The commands that write a report and can be run in a leg."""
 
+COMPLETE = "complete"
+"""The file that says that an environment was made to the end, and what clashes in it."""
+
+_CLASH = re.compile(r" requires .*, but you have ")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leg:
@@ -43,12 +49,14 @@ class Leg:
         exit_code: of the command; 2 where the environment could not be made.
         report: what it wrote; empty where it wrote nothing.
         said: the last line on its standard error.
+        clashes: what installed packages require and this leg does not give them, in pip's words.
     """
 
     requirements: tuple[str, ...]
     exit_code: int
     report: dict[str, Any] = field(default_factory=dict)
     said: str = ""
+    clashes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -60,6 +68,7 @@ class Leg:
         return {
             "requirements": self.requirements,
             "exit_code": self.exit_code,
+            "clashes": self.clashes,
             "report": self.report,
         }
 
@@ -88,6 +97,8 @@ def command(args: argparse.Namespace) -> int:
                 f"{leg.name}: {leg.report.get('verdict') or leg.said or f'exit {leg.exit_code}'}",
                 flush=True,
             )
+            for clash in leg.clashes:
+                print(f"  {clash}: add one to the leg that goes with the rest", flush=True)
             legs.append(leg)
             report.set("legs", [leg.as_dict() for leg in legs])
     rows = differences(legs)
@@ -139,6 +150,7 @@ def run_leg(requirements: Sequence[str], run: Sequence[str], folder: Path) -> Le
         exit_code=_known_code(done.returncode),
         report=report,
         said=said,
+        clashes=clashes(python) if requirements else (),
     )
 
 
@@ -152,7 +164,7 @@ def environment(requirements: Sequence[str], folder: Path) -> Path:
     key = hashlib.sha256("\n".join([sys.prefix, sys.version, *sorted(requirements)]).encode())
     home = folder / key.hexdigest()[:16]
     python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
-    if (home / "complete").is_file():
+    if (home / COMPLETE).is_file():
         return python
     try:
         venv.create(home, with_pip=True, clear=True)
@@ -186,8 +198,15 @@ def environment(requirements: Sequence[str], folder: Path) -> Path:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         told = said[0].removeprefix("ERROR: ") if said else f"pip exited with {done.returncode}"
         raise UsageError(f"{' '.join(requirements)}: cannot be installed: {told}")
-    (home / "complete").touch()
+    said = [line for line in done.stderr.splitlines() if _CLASH.search(line)]
+    (home / COMPLETE).write_text("\n".join(said), encoding="utf-8")
     return python
+
+
+def clashes(python: Path) -> tuple[str, ...]:
+    """What pip found unmet once a leg was installed: `datasets 5.2.0 requires ..., but you have ...`."""
+    said = (python.parent.parent / COMPLETE).read_text(encoding="utf-8")
+    return tuple(line.removesuffix(" which is incompatible.") for line in said.splitlines())
 
 
 def differences(legs: Sequence[Leg]) -> list[tuple[str, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import pytest
 
 from harness import matrix
@@ -56,3 +58,21 @@ def test_an_environment_that_cannot_be_made_is_a_leg_of_exit_2(tmp_path, monkeyp
     assert leg.exit_code == 2
     assert "no environment can be made" in leg.said
     assert "No space left on device" in leg.said
+
+
+def test_what_clashes_in_a_leg_is_told_and_kept(tmp_path):
+    """A wheel of nothing called numpy 0.0.1, installed for real: pandas requires another."""
+    wheel = tmp_path / "numpy-0.0.1-py3-none-any.whl"
+    about = "Metadata-Version: 2.1\nName: numpy\nVersion: 0.0.1\n"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("numpy-0.0.1.dist-info/METADATA", about)
+        file.writestr("numpy-0.0.1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        file.writestr("numpy-0.0.1.dist-info/RECORD", "")
+
+    first, again = (matrix.environment([str(wheel)], tmp_path) for _ in range(2))
+    told = matrix.clashes(again)
+
+    assert first == again
+    assert any(
+        line.startswith("pandas ") and line.endswith(", but you have numpy 0.0.1") for line in told
+    )
