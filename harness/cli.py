@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import errno
 import io
-import math
 import os
 import sys
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from harness import arguments
 from harness._version import __version__
-from harness.case import SEEDS
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # --help leaves here, and may have nowhere to go
         name = f"lora-harness {args.command}"
-        module, function = _COMMANDS[args.command]
-        run: Callable[[argparse.Namespace], int] = getattr(import_module(module), function)
+        command = _COMMANDS[args.command]
+        module = import_module(command.module)
+        run: Callable[[argparse.Namespace], int] = getattr(module, command.function)
         code = run(args)
         sys.stdout.flush()
     except UsageError as error:
@@ -82,15 +81,36 @@ def _silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Command(NamedTuple):
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    module: str
+    function: str = "command"
+
+
 _COMMANDS = {
-    "finetune": ("harness.finetune", "command"),
-    "check": ("harness.telling", "check_command"),
-    "list": ("harness.telling", "list_command"),
-    "bench": ("harness.measure.bench", "command"),
-    "plan": ("harness.plan", "command"),
-    "matrix": ("harness.matrix", "command"),
-    "compare": ("harness.report.compare", "command"),
-    "report": ("harness.report.html", "command"),
+    "finetune": _Command(
+        "the documented procedure end to end, and proof of what it made",
+        arguments.finetune,
+        "harness.finetune",
+    ),
+    "check": _Command(
+        "a verdict on one implementation", arguments.check, "harness.telling", "check_command"
+    ),
+    "list": _Command("the catalogue of specs", arguments.list_, "harness.telling", "list_command"),
+    "bench": _Command(
+        "throughput and memory over rank, dtype, implementation, model",
+        arguments.bench,
+        "harness.measure.bench",
+    ),
+    "plan": _Command("what fits a memory budget, with no GPU", arguments.plan, "harness.plan"),
+    "matrix": _Command(
+        "the same run under other library versions", arguments.matrix, "harness.matrix"
+    ),
+    "compare": _Command(
+        "two or more reports, row by row", arguments.compare, "harness.report.compare"
+    ),
+    "report": _Command("a report as HTML or Markdown", arguments.report, "harness.report.html"),
 }
 
 
@@ -117,320 +137,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
-    for name, (help_, arguments) in {
-        "finetune": (
-            "the documented procedure end to end, and proof of what it made",
-            _finetune_arguments,
-        ),
-        "check": ("a verdict on one implementation", _check_arguments),
-        "list": ("the catalogue of specs", _list_arguments),
-        "bench": (
-            "throughput and memory over rank, dtype, implementation, model",
-            _bench_arguments,
-        ),
-        "plan": ("what fits a memory budget, with no GPU", _plan_arguments),
-        "matrix": ("the same run under other library versions", _matrix_arguments),
-        "compare": ("two or more reports, row by row", _compare_arguments),
-        "report": ("a report as HTML or Markdown", _report_arguments),
-    }.items():
-        sub = commands.add_parser(name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.")
-        arguments(sub)
+    for name, command in _COMMANDS.items():
+        told = f"{command.help[0].upper()}{command.help[1:]}."
+        command.arguments(commands.add_parser(name, help=command.help, description=told))
     return top
-
-
-def _finetune_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--recipe", default="quick", help="a recipe's name or a TOML file (default: quick)"
-    )
-    p.add_argument(
-        "--adapter",
-        action="append",
-        metavar="NAME",
-        help="implementation, repeatable (default: peft, then loralib)",
-    )
-    p.add_argument("--model", help="tiny, mini-4k, ..., a directory or a hub id")
-    p.add_argument("--data", help="a JSON, JSONL or Parquet file of conversations, or a hub id")
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="TABLE.KEY=VALUE",
-        help="override a value of the recipe, repeatable",
-    )
-    p.add_argument(
-        "--output", type=Path, metavar="DIR", help="where adapter, log and checkpoints go"
-    )
-    p.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in --output"
-    )
-    p.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
-    p.add_argument(
-        "--allow-partial-targets",
-        action="store_true",
-        help="go on where some target names match nothing",
-    )
-    p.add_argument(
-        "--generate",
-        metavar="PROMPT",
-        nargs="?",
-        const="",
-        help="no training: answer a prompt with the model and, given --output, its adapter",
-    )
-    p.add_argument(
-        "--from",
-        dest="start",
-        type=Path,
-        metavar="PATH",
-        help="an adapter checkpoint to start from: a run's folder, .safetensors or .pt",
-    )
-    p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    p.add_argument("--budget", metavar="SIZE", help="the most GPU memory to use, such as 8GiB")
-    _json(p)
-
-
-def _check_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "adapter", help="peft, loralib, reference, an entry-point name, or pkg.module:factory"
-    )
-    p.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="ID|FAMILY",
-        help="judge this spec or family only, repeatable",
-    )
-    p.add_argument(
-        "--tier",
-        choices=("smoke", "core", "full"),
-        default="core",
-        help="how much to judge (default: core)",
-    )
-    p.add_argument(
-        "--case",
-        metavar="NAME=VALUE,...",
-        help="judge at this one case, as a failure record gives it",
-    )
-    p.add_argument("--model", help="in the place of the Phi-3 specimens")
-    p.add_argument("--device", help="cpu or cuda")
-    p.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16", "float64"),
-        help="judge in this dtype only",
-    )
-    p.add_argument(
-        "--seed",
-        type=_seed,
-        default=0,
-        help="other weights, factors and inputs; the verdict must not depend on it",
-    )
-    p.add_argument(
-        "--known",
-        type=Path,
-        metavar="FILE",
-        help="known failures, instead of those that come with the harness",
-    )
-    p.add_argument(
-        "--explore",
-        action="store_true",
-        help="also search at random for counterexamples; never changes the verdict",
-    )
-    p.add_argument(
-        "--limit",
-        type=_seconds,
-        default=60.0,
-        metavar="SECONDS",
-        help="the most one spec may take (default: 60)",
-    )
-    _json(p)
-
-
-def _list_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="ID|FAMILY",
-        help="this spec or family, repeatable",
-    )
-    p.add_argument(
-        "--tier",
-        choices=("smoke", "core", "full"),
-        default="full",
-        help="up to this tier (default: full)",
-    )
-    _json(p)
-
-
-def _bench_arguments(p: argparse.ArgumentParser) -> None:
-    grid = p.add_argument_group("the grid, each a list separated by commas")
-    grid.add_argument(
-        "--adapter",
-        type=lambda text: [part.strip() for part in text.split(",") if part.strip()],
-        default=["reference", "peft", "loralib"],
-        help="(default: reference,peft,loralib)",
-    )
-    grid.add_argument("--rank", type=_numbers, default=[8], metavar="R,...", help="(default: 8)")
-    grid.add_argument(
-        "--dtype",
-        type=_names("float32", "bfloat16", "float16", "nf4"),
-        default=["float32"],
-        help="of the base (default: float32)",
-    )
-    grid.add_argument(
-        "--model",
-        type=lambda text: [part.strip() for part in text.split(",") if part.strip()],
-        default=["tiny"],
-        help="(default: tiny)",
-    )
-    grid.add_argument("--batch", type=_numbers, default=[1], metavar="N,...", help="(default: 1)")
-    grid.add_argument(
-        "--sequence", type=_numbers, default=[64], metavar="N,...", help="(default: 64)"
-    )
-    grid.add_argument("--checkpointing", type=_names("off", "on"), default=["off"])
-    p.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    p.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
-    p.add_argument("--repeats", type=int, default=10, help="samples of each time (default: 10)")
-    p.add_argument("--budget", metavar="SIZE", help="memory a cell may take of the card")
-    p.add_argument(
-        "--limit",
-        type=_seconds,
-        default=600.0,
-        metavar="SECONDS",
-        help="the most one cell may take (default: 600)",
-    )
-    p.add_argument("--resume", action="store_true", help="go on with the report of --json")
-    pair = p.add_argument_group("a pair, timed in alternation until the question is answered")
-    pair.add_argument("--against", metavar="ADAPTER", help="time this one against --adapter")
-    pair.add_argument("--aa", action="store_true", help="one side against itself: the noise now")
-    pair.add_argument("--python", help="interpreter of the first side")
-    pair.add_argument("--against-python", help="interpreter of the second side")
-    pair.add_argument("--seconds", type=float, default=45.0, help="at most (default: 45)")
-    pair.add_argument("--margin", type=float, default=0.02, help="counts as same (default: 0.02)")
-    _json(p)
-
-
-def _plan_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--budget", required=True, metavar="SIZE", help="memory to fit, such as 8GiB")
-    p.add_argument("--model", default="mini-4k", help="(default: mini-4k)")
-    p.add_argument("--adapter", default="peft", help="any implementation (default: peft)")
-    p.add_argument(
-        "--target", type=int, metavar="TOKENS", help="tokens an optimizer step is to see"
-    )
-    p.add_argument("--rank", type=_numbers, default=[16], metavar="R,...", help="(default: 16)")
-    p.add_argument("--dtype", type=_names("float32", "bfloat16", "float16"), default=["bfloat16"])
-    p.add_argument("--batch", type=_numbers, default=[1, 4], metavar="N,...", help="(default: 1,4)")
-    p.add_argument(
-        "--sequence",
-        type=_numbers,
-        default=[512, 2048],
-        metavar="N,...",
-        help="(default: 512,2048)",
-    )
-    p.add_argument("--checkpointing", type=_names("off", "on"), default=["off", "on"])
-    p.add_argument("--quantization", type=_names("none", "nf4"), default=["none", "nf4"])
-    _json(p)
-
-
-def _seed(text: str) -> int:
-    """A seed that every generator takes."""
-    seed = int(text) if text.isdecimal() else -1
-    if not 0 <= seed < SEEDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {SEEDS - 1}")
-    return seed
-
-
-def _seconds(text: str) -> float:
-    """A time to wait, no longer than a system can."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds <= LONGEST:
-        raise argparse.ArgumentTypeError(
-            f"seconds must be more than 0 and at most {LONGEST:.0f}, not {text!r}"
-        )
-    return seconds
-
-
-LONGEST = 1e6
-"""Seconds, eleven days."""
-
-
-def _numbers(text: str) -> list[int]:
-    """Whole numbers above zero, separated by commas."""
-    numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",") if part]
-    if any(number < 1 for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 4,8,16")
-    return numbers
-
-
-def _names(*known: str) -> Callable[[str], list[str]]:
-    """Some of the names known, separated by commas."""
-
-    def parse(text: str) -> list[str]:
-        names = [part.strip() for part in text.split(",") if part.strip()]
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
-        return names
-
-    return parse
-
-
-def _matrix_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--leg",
-        action="append",
-        default=[],
-        metavar="REQUIREMENTS",
-        help="versions of one leg, such as peft==0.8.2 or 'peft==0.13.2,transformers==4.46.1'; `here` is this environment; repeatable",
-    )
-    p.add_argument(
-        "--environments", type=Path, metavar="DIR", help="where the legs' environments are kept"
-    )
-    p.add_argument(
-        "run",
-        nargs=argparse.REMAINDER,
-        metavar="-- COMMAND ...",
-        help="what to run in each leg, such as -- check peft",
-    )
-    _json(p)
-
-
-def _compare_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "reports",
-        nargs="+",
-        metavar="REPORT",
-        help="the old one, then the newer; a folder stands for its reports in order of time",
-    )
-    p.add_argument(
-        "--fail-on",
-        default="worse,removed",
-        metavar="VERDICTS",
-        help="exit 1 where a row is one of these; inconclusive and incomparable exit 3; "
-        "none for never (default: worse,removed)",
-    )
-    p.add_argument("--markdown", metavar="PATH", help="write it as Markdown; - for the terminal")
-    p.add_argument("--html", metavar="PATH", help="write it as one page")
-    _json(p)
-
-
-def _report_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "reports",
-        nargs="+",
-        metavar="REPORT",
-        help="report files, or a folder, which is shown with its history",
-    )
-    p.add_argument("--html", metavar="PATH", help="where the page goes (default: report.html)")
-    p.add_argument("--markdown", metavar="PATH", help="write Markdown; - for the terminal")
-    p.add_argument("--github", action="store_true", help="print annotations for GitHub Actions")
-    _json(p)
-
-
-def _json(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--json", type=Path, metavar="PATH", help="write what was found as JSON")
 
 
 if __name__ == "__main__":
