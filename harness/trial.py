@@ -10,25 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
-import re
 import tempfile
-import warnings
-import zlib
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from harness import memo, oracle, specimen, tolerance
+from harness import memo, oracle, seeding, specimen, tolerance
 from harness.adapter import Adapter, Factors, LoraConfig
 from harness.failure import Broken, Refused, fail
+from harness.loudness import warned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from torch import Tensor, nn
 
@@ -105,7 +100,7 @@ class Trial:
         """LoRA on a base, seeded, in the unmerged state without dropout where there is one."""
         base = self.base() if base is None else base
         config = config or self.config()
-        seed_all(3_000 + self.case.seed + seed)
+        seeding.seed_all(3_000 + self.case.seed + seed)
         try:
             model = self.adapter.inject(base, config)
         except Exception as error:
@@ -175,8 +170,7 @@ class Trial:
             for k, f in enumerate(parts):
                 drawn = f"{name}/{k}/{seed}" + (f"/{self.case.seed}" if self.case.seed else "")
                 (r, i), o = f.A.shape, f.B.shape[0]
-                small = r * (i + o) <= SMALL
-                a, b, bias = (_drawn if small else _drawn.__wrapped__)(drawn, r, i, o)
+                a, b, bias = seeding.normal(drawn, r, i, o)
                 with torch.no_grad():
                     f.A.copy_(a / i**0.25)
                     f.B.copy_(effect * b / (i**0.25 * r**0.5 * max(abs(f.scaling), 1e-3)))
@@ -311,88 +305,17 @@ class Trial:
         What `usual`, a call with nothing to be loud about, warns of too is no warning; numbers in
         the words aside.
         """
-        always = _warned(usual)[0] if usual else set()
-        said, raised = _warned(act)
+        always = warned(usual)[0] if usual else set()
+        said, raised = warned(act)
         if not raised and not said - always:
             besides = f" but {min(said)!r}, as always" if said else ""
             fail("silent", expected=expected, actual=f"nothing was raised or warned{besides}")
-
-
-SMALL = 100_000
-"""Numbers in a layer's factors up to which what was drawn for them is kept for the next time."""
-
-
-@lru_cache(maxsize=2048)
-def _drawn(key: str, r: int, i: int, o: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Normal numbers for A (r, i), B (o, r) and the bias (o,), by a key; not to be written into."""
-    g = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    a, b = (torch.randn(*size, generator=g, dtype=torch.float64) for size in ((r, i), (o, r)))
-    return a, b, torch.randn(o, generator=g, dtype=torch.float64)
-
-
-def seed_all(seed: int) -> None:
-    """Every generator that an implementation may draw from: Python's, NumPy's and torch's.
-
-    As `torch.manual_seed`, which on a machine without CUDA formats a stack at each call.
-    """
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  # the old global one is what they draw from
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed_all(seed)
 
 
 def _coarsest(found: dict[str, list[Factors]]) -> torch.dtype:
     """Of the factors' dtypes the one that rounds most."""
     dtypes = {t.dtype for parts in found.values() for f in parts for t in (f.A, f.B)}
     return max(dtypes, key=tolerance.unit_roundoff)
-
-
-def _warned(act: Callable[[], object]) -> tuple[set[str], bool]:
-    """What was warned or logged as a warning, without its numbers, and whether `act` raised."""
-    raised = False
-    with warnings.catch_warnings(record=True) as caught, _logged() as said:
-        warnings.simplefilter("always")
-        try:
-            act()
-        except Exception:  # noqa: BLE001  # any exception is loud
-            raised = True
-    words = [*said, *(str(w.message) for w in caught if not _is_housekeeping(w))]
-    return {re.sub(r"0x[0-9a-f]+|\d+", "#", text) for text in words}, raised
-
-
-def _is_housekeeping(caught: warnings.WarningMessage) -> bool:
-    """Deprecations say nothing of the input."""
-    return issubclass(
-        caught.category,
-        (DeprecationWarning, FutureWarning, PendingDeprecationWarning, ResourceWarning),
-    )
-
-
-@contextlib.contextmanager
-def _logged() -> Iterator[list[str]]:
-    """What is logged as a warning or worse meanwhile: libraries warn by logging too."""
-    import logging
-
-    said: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    listener = Listener(level=logging.WARNING)
-    loggers = [logging.getLogger()] + [
-        found
-        for found in logging.Logger.manager.loggerDict.values()
-        if isinstance(found, logging.Logger) and not found.propagate
-    ]
-    for logger in loggers:
-        logger.addHandler(listener)
-    try:
-        yield said
-    finally:
-        for logger in loggers:
-            logger.removeHandler(listener)
 
 
 def _cast(given: Any, dtype: torch.dtype) -> Any:

@@ -103,7 +103,8 @@ def judge(
     """Judge one spec at one case: what is broken, or None; margins; notes."""
     import torch
 
-    from harness.trial import Trial, seed_all
+    from harness.seeding import seed_all
+    from harness.trial import Trial
 
     _set_modules_aside()
     seed_all(case.seed)

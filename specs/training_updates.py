@@ -126,7 +126,7 @@ def checkpointing_same_masks(trial: Trial) -> None:
     import torch
 
     from harness import descent, tolerance
-    from harness.trial import seed_all
+    from harness.seeding import seed_all
 
     given, ends, losses = _given(trial), [], []
     kind = {"use_reentrant": trial.case.way == "reentrant"}
