@@ -13,29 +13,20 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from harness import hub, phi3
+from harness import conversations, hub, phi3
 from harness.errors import UsageError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from datasets import Dataset
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerFast
 
-Message = dict[str, str]
-Split = Literal["train", "eval"]
+    from harness.conversations import Message, Split
 
-ROLES = ("system", "user", "assistant")
-SPLITS: tuple[Split, ...] = ("train", "eval")
-
-# A split's names on the hub, and as files of a directory, the likeliest first.
-_SPELLINGS: dict[Split, tuple[str, ...]] = {
-    "train": ("train", "train_sft"),
-    "eval": ("eval", "test", "validation", "test_sft"),
-}
 _END = ("<|endoftext|>", "<|end|>")
 
 
@@ -90,20 +81,24 @@ def dataset(name_or_path: str | Path = "shipped", split: Split = "train") -> Dat
     path = shipped if name == "shipped" else Path(name).expanduser()
     try:
         if path.is_dir():
-            path = _file_of(path, split)
+            path = conversations.file_of(path, split)
         there = path.is_file()
     except OSError as error:  # a name that no disk takes
         raise UsageError(f"data {name[:60]}…: {error.strerror}; check the path") from error
     if there:
-        name, rows = str(path), _rows(path)
-    elif path.suffix in _READERS or name.startswith((".", "/", "~")) or not hub.is_id(name):
+        name, rows = str(path), conversations.rows_of(path)
+    elif (
+        path.suffix in conversations.READERS
+        or name.startswith((".", "/", "~"))
+        or not hub.is_id(name)
+    ):
         raise UsageError(
             f"data {name}: no such file; give a JSON, JSONL or Parquet file of `messages`, a "
             "directory of train and eval files, a hub id, or shipped"
         )
     else:
-        rows = _hub_rows(name, split)
-    found = [_messages(name, where, row) for where, row in rows]
+        rows = conversations.hub_rows(name, split)
+    found = [conversations.messages_of(name, where, row) for where, row in rows]
     if not found:
         raise UsageError(f"data {name}: empty; give at least one conversation")
     return Dataset.from_list([{"messages": messages} for messages in found])
@@ -253,135 +248,6 @@ def exact_match(said: Sequence[str], expected: Sequence[str]) -> float:
     if not pairs:
         raise ValueError("exact match of no replies: there is nothing to judge")
     return sum(a.strip() == b.strip() for a, b in pairs) / len(pairs)
-
-
-def _file_of(directory: Path, split: Split) -> Path:
-    for stem in _SPELLINGS[split]:
-        for suffix in _READERS:
-            if (directory / f"{stem}{suffix}").is_file():
-                return directory / f"{stem}{suffix}"
-    raise UsageError(
-        f"data directory {directory}: no {split} split; put {split}.jsonl (or .json, .parquet) there"
-    )
-
-
-def _rows(path: Path) -> list[tuple[str, Any]]:
-    """Each example of a file with the place it stands at, for messages."""
-    if path.stat().st_size == 0:
-        raise UsageError(f"data {path}: empty; give at least one conversation")
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UsageError(
-            f"data {path}: {path.suffix or 'no suffix'} is not read; give one of {', '.join(_READERS)}"
-        )
-    return list(reader(path))
-
-
-def _text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"data {path}: not UTF-8 on line {line}; save the file as UTF-8"
-        ) from error
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            yield f"line {number}", _json(path, line, number)
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """A list of examples; or, as `datasets` also writes under this name, one example a line."""
-    text = _text(path)
-    if not text.lstrip().startswith("["):
-        yield from _read_jsonl(path)
-        return
-    for number, row in enumerate(_json(path, text, 1), start=1):
-        yield f"example {number}", row
-
-
-def _json(path: Path, text: str, first: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first + error.lineno - 1
-        raise UsageError(
-            f"data {path}: not JSON on line {line} ({error.msg}); mend that line"
-        ) from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(
-            f"data {path}: not Parquet ({first_line(error)}); write it again"
-        ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
-
-
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-
-
-def _hub_rows(name: str, split: Split) -> list[tuple[str, Any]]:
-    from datasets import get_dataset_split_names, load_dataset
-
-    try:
-        hub.check_reachable()
-        with hub.quietly():
-            there = get_dataset_split_names(name)
-            wanted = next((known for known in _SPELLINGS[split] if known in there), None)
-            rows = load_dataset(name, split=wanted) if wanted else []
-    except Exception as error:
-        raise UsageError(
-            f"data {name}: no such file, and the hub did not give it ({first_line(error)}); go "
-            "online, check the id, or give a local file"
-        ) from error
-    if wanted is None:
-        raise UsageError(
-            f"data {name}: no {split} split among {', '.join(there)}; give a set that has one of "
-            f"{', '.join(_SPELLINGS[split])}"
-        )
-    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
-
-
-def _messages(name: str, where: str, row: Any) -> list[Message]:
-    """The messages of one example, judged."""
-    if not isinstance(row, dict) or "messages" not in row:
-        raise UsageError(
-            f'data {name}: no `messages` in {where}; give {{"messages": [{{"role", "content"}}, ...]}}'
-        )
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise UsageError(f"data {name}: `messages` of {where} is not a list of turns; give one")
-    for message in messages:
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise UsageError(
-                f"data {name}: role {role!r} in {where} is unknown; use one of {', '.join(ROLES)}"
-            )
-        if not isinstance(message.get("content"), str):
-            raise UsageError(
-                f"data {name}: a turn of {where} has no text as `content`; give it one"
-            )
-    if all(message["role"] != "assistant" for message in messages):
-        raise UsageError(
-            f"data {name}: no turn of the assistant's in {where}; there is nothing to learn from it"
-        )
-    last = max(k for k, message in enumerate(messages) if message["role"] == "assistant")
-    if all(message["role"] != "user" for message in messages[:last]):
-        raise UsageError(
-            f"data {name}: {where} starts with the assistant's turn; put the user's before it"
-        )
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _knows_generation() -> bool:

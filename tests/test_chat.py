@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from harness import chat, hub, phi3
+from harness import chat, conversations, hub, phi3
 from harness.data import harbour, make
 from harness.errors import UsageError
 
@@ -28,7 +28,7 @@ def own():
 
 @pytest.fixture(scope="module")
 def shipped():
-    return {split: chat.dataset(split=split) for split in chat.SPLITS}
+    return {split: chat.dataset(split=split) for split in conversations.SPLITS}
 
 
 def _write(path, rows):
@@ -40,7 +40,7 @@ def test_the_shipped_set_is_large_enough_and_its_splits_share_no_prompt(shipped)
     """A thousand conversations to learn from; nothing asked in eval was asked in train."""
     train, held = (
         {json.dumps(prompt[-1:]) for prompt in chat.prompts(shipped[split])[0]}
-        for split in chat.SPLITS
+        for split in conversations.SPLITS
     )
 
     assert len(shipped["train"]) >= 1000
