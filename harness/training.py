@@ -46,6 +46,7 @@ class Run:
         import torch
 
         from harness import base, chat, checkpoint, folded, injection, proof, registry
+        from harness.measure import clock
 
         self.request = request
         self.here = Path.cwd()  # an implementation may change directory
@@ -56,7 +57,12 @@ class Run:
         self.device = base.device(settings)
         _claims(self.adapter, self.recipe)
         if request["budget"]:
-            limit(int(request["budget"]), self.device)
+            if not self.device.startswith("cuda"):
+                raise UsageError(
+                    "--budget: limits a GPU's memory, and this run is on the CPU; lora-harness plan "
+                    "tells what fits"
+                )
+            clock.limit_gpu(int(request["budget"]), self.device)
         self.seed = int(self.recipe.training_config["seed"])
         torch.manual_seed(self.seed)
         self.base = base.load(settings)
@@ -390,14 +396,3 @@ def _claims(adapter: Adapter, recipe: Recipe) -> None:
             f"adapter {adapter.name}: does not claim a {recipe.model['dtype']} base; "
             f"--set model.dtype={min(able.dtypes)}"
         )
-
-
-def limit(budget: int, device: str) -> None:
-    """Let this process have that many bytes of the card, and no more. Raises UsageError on a CPU."""
-    import torch
-
-    if not device.startswith("cuda"):
-        raise UsageError("--budget: limits a GPU's memory, and this run is on the CPU")
-    card = torch.device(device).index or 0
-    total = torch.cuda.get_device_properties(card).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), card)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from harness import plugin
 from harness.errors import UsageError
+from harness.measure import clock
 from harness.measure.memory import GPU_BUDGET, format_bytes, parse_bytes, require_memory
 
 
@@ -74,6 +77,23 @@ def test_a_gpu_budget_binds_pytest_and_hands_itself_on(monkeypatch):
 
     assert capped == [2**30]
     assert os.environ[GPU_BUDGET] == str(2**30)
+
+
+@pytest.mark.parametrize(("device", "card"), [("cuda", 3), ("cuda:1", 1)])
+def test_a_budget_is_a_share_of_one_card(monkeypatch, device, card):
+    """By number, as torch's own check of the call wants it; of the card that is current, else."""
+    capped = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**33)
+    )
+    monkeypatch.setattr(
+        torch._C, "_cuda_setMemoryFraction", lambda *a: capped.append(a), raising=False
+    )
+    clock.limit_gpu(2**31, device)
+
+    assert capped == [(0.25, card)]
 
 
 WORKER = """

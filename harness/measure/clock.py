@@ -167,5 +167,8 @@ def product_flops_per_second(device: str, dtype: torch.dtype, *, size: int | Non
 def limit_gpu(budget: int, device: str = "cuda") -> None:
     """Let this process take no more than `budget` bytes of the card: beyond, out of memory."""
     if torch.device(device).type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+        # Of torch's calls that name a card, this one alone takes no "cuda" without a number.
+        card = torch.device(device).index
+        card = torch.cuda.current_device() if card is None else card
+        total = torch.cuda.get_device_properties(card).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), card)
