@@ -77,7 +77,8 @@ def combination(trial: Trial) -> None:
     for path in dict.fromkeys(chain(made, *(each for _, _, each in terms))):
         module = base.get_submodule(path)
         here = [(w, each[path]) for _, w, each in terms if path in each]
-        none = torch.zeros_like(oracle.weight_of(module), dtype=torch.float64)
+        size = oracle.weight_of(module).shape
+        none = torch.zeros(size, dtype=torch.float64)  # on the CPU, as the truth is
         truth = sum((w * oracle.delta(module, parts) for w, parts in here), none)
         sizes = (abs(w) * oracle.delta(module, parts, absolute=True) for w, parts in here)
         ranks = sum(f.A.shape[0] for _, parts in here for f in parts)
