@@ -204,7 +204,7 @@ def autocast(trial: Trial) -> None:
     base, x = trial.base(), trial.inputs()
     model = trial.adapted()
     factors = trial.snapshot(model)
-    with torch.autocast(trial.case.device, dtype=torch.bfloat16):
+    with torch.autocast(trial.case.device.split(":")[0], dtype=torch.bfloat16):
         expected, actual = trial.call(base, x), trial.call(model, x)
 
     if actual.dtype != expected.dtype:
