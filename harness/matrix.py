@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.console import table
+from harness.console import table, wrapped
 from harness.errors import UsageError, first_line
 from harness.telling import MARKS
 
@@ -104,6 +104,9 @@ def command(args: argparse.Namespace) -> int:
     rows = differences(legs)
     if rows:
         print(f"\n{table(rows, ['differs', *(leg.name for leg in legs)])}")
+        for leg in legs:
+            if found := failures(leg, [row[0] for row in rows]):
+                print("\n".join(["", leg.name, *found]))
     elif all(leg.report for leg in legs):
         print("\nno spec differs between the legs")
     return max((leg.exit_code for leg in legs), key=[0, 3, 1, 2].index)
@@ -217,6 +220,20 @@ def differences(legs: Sequence[Leg]) -> list[tuple[str, ...]]:
         (id_, *(f"{MARKS[o[id_]]} {o[id_]}" if id_ in o else "–" for o in outcomes))
         for id_ in ids
         if len({o.get(id_) for o in outcomes}) > 1
+    ]
+
+
+def failures(leg: Leg, ids: Sequence[str]) -> list[str]:
+    """The first failure of each of these specs in a leg, a paragraph each."""
+    return [
+        wrapped(
+            f"✗ {r['spec']}: expected {first['expected']}; actual {first['actual']}",
+            initial_indent="  ",
+            subsequent_indent="    ",
+        )
+        for r in leg.report.get("results", [])
+        if r["spec"] in ids and r["outcome"] == "failed"
+        for first in r["failures"][:1]
     ]
 
 

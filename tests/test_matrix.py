@@ -34,6 +34,31 @@ def test_a_matrix_cut_short_keeps_the_legs_that_ran(tmp_path, monkeypatch, capsy
     assert [leg["exit_code"] for leg in report["legs"]] == [1]
 
 
+def test_what_fails_in_one_leg_is_told_below_the_table(tmp_path, monkeypatch, capsys):
+    """The spec, what was expected and what was found; what fails in every leg is not news."""
+    wrong = {"expected": "ΔW of linear", "actual": "0.25"}
+
+    def leg(requirements, run, folder):
+        outcome = "failed" if requirements else "passed"
+        results = [
+            {
+                "spec": "merge/idempotent",
+                "outcome": outcome,
+                "failures": [wrong] * bool(requirements),
+            },
+            {"spec": "merge/no-drift", "outcome": "failed", "failures": [wrong]},
+        ]
+        return matrix.Leg(requirements=requirements, exit_code=1, report={"results": results})
+
+    monkeypatch.setattr(matrix, "run_leg", leg)
+    main(["matrix", "--environments", str(tmp_path), *RUN])
+    table, told = capsys.readouterr().out.split("\n\n")[-2:]
+
+    assert "merge/idempotent" in table
+    assert "no-drift" not in table + told
+    assert told == ("peft==0.8.2\n  ✗ merge/idempotent: expected ΔW of linear; actual 0.25\n")
+
+
 @pytest.mark.parametrize("folder", ["{tmp}/file", "{tmp}/file/below", "/proc/nothing", "/proc"])
 def test_a_folder_that_cannot_hold_environments_is_wrong_usage(tmp_path, capsys, folder):
     """A file, or where nothing can be made: one line before any leg runs."""
