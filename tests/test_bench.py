@@ -445,7 +445,7 @@ def test_an_adapter_that_patches_torch_patches_its_own_cells_alone(tmp_path):
 
 
 def test_a_claim_is_never_told_without_its_conditions():
-    """Every line of the table says rank, dtype, size, checkpointing, device and optimizer."""
+    """Rank, dtype, size, checkpointing, device and optimizer: once, where all cells share them."""
     ours, full, base = (
         Cell(adapter=name, r=r) for name, r in (("peft", 8), ("full", 0), ("base", 0))
     )
@@ -461,34 +461,32 @@ def test_a_claim_is_never_told_without_its_conditions():
         }
 
     step = "training-step"
-    told = claims.table(
-        {
-            "timings": [
-                row(ours, step, "seconds", 0.8),
-                row(full, step, "seconds", 1.0),
-                row(ours, "merged-forward", "seconds", 0.101),
-                row(base, "evaluation-forward", "seconds", 0.1),
-            ],
-            "memory": [
-                row(ours, step, "peak_bytes", 2**20),
-                row(full, step, "peak_bytes", 3 * 2**20),
-            ],
-            "counters": [
-                row(ours, step, "checkpoint_bytes", 1024),
-                row(full, step, "checkpoint_bytes", 1024 * 500),
-                row(ours, "merged-forward", "operations", 100),
-                row(base, "evaluation-forward", "operations", 100),
-            ],
-        }
-    )
+    report = {
+        "timings": [
+            row(ours, step, "seconds", 0.8),
+            row(full, step, "seconds", 1.0),
+            row(ours, "merged-forward", "seconds", 0.101),
+            row(base, "evaluation-forward", "seconds", 0.1),
+        ],
+        "memory": [
+            row(ours, step, "peak_bytes", 2**20),
+            row(full, step, "peak_bytes", 3 * 2**20),
+        ],
+        "counters": [
+            row(ours, step, "checkpoint_bytes", 1024),
+            row(full, step, "checkpoint_bytes", 1024 * 500),
+            row(ours, "merged-forward", "operations", 100),
+            row(base, "evaluation-forward", "operations", 100),
+        ],
+    }
 
-    assert [line[0] for line in told] == list(claims.PUBLISHED)
-    assert [line[2] for line in told] == [
+    told = claims.measured(report)
+    assert [one.claim for one in told] == list(claims.PUBLISHED)
+    assert [one.found for one in told] == [
         "3.00× less: 3.00 MiB → 1.00 MiB",
         "+25.0 % tokens/s, -20.0 % time",
         "500.0× smaller: 500.00 KiB → 1.00 KiB",
         "the same operations (100); 101.0 ms, base 100.0 ms",
     ]
-    assert {line[3] for line in told} == {
-        "peft tiny r 8, float32, 1×64, no checkpointing, cpu, AdamW"
-    }
+    head = claims.tell(report).partition("\n")[0]
+    assert head.endswith("(peft, tiny, r 8, float32, 1×64, no checkpointing, cpu, AdamW)")

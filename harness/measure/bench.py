@@ -246,10 +246,8 @@ def _show(report: dict[str, Any]) -> None:
         )
     headers = ["", "r", "dtype", "model", "batch", "checkpointing", "phase", "ms", "tokens/s"]
     print("\n" + table(lines, [*headers, "of limit", "peak", "operations"]))
-    told = claims.table(report)
-    if told:
-        print("\nThe LoRA paper's claims, as published and as measured here:\n")
-        print(table(told, ["claim", "as published", "measured", "conditions"]))
+    if told := claims.tell(report):
+        print(f"\n{told}")
 
 
 # ---- a pair --------------------------------------------------------------------------------------

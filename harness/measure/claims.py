@@ -6,8 +6,10 @@ fine-tuning (litgpt, A10G, micro-batch 4 without checkpointing: 19.75 GB against
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from harness.console import table
 from harness.measure.cell import BASE, FULL
 from harness.measure.memory import format_bytes
 
@@ -23,8 +25,23 @@ PUBLISHED = {
 """Hu et al., arXiv 2106.09685, sections 1, 4.2 and 3."""
 
 
-def table(report: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of claim, as published, measured, conditions; one for each claim and LoRA cell."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One claim in one cell.
+
+    Attributes:
+        claim: a key of `PUBLISHED`.
+        found: what was measured, in words.
+        conditions: who, on what and how: the same ones in the same order for every cell.
+    """
+
+    claim: str
+    found: str
+    conditions: tuple[str, ...]
+
+
+def measured(report: Mapping[str, Any]) -> list[Measured]:
+    """Each claim for each LoRA cell of a bench's report, claim by claim."""
     read = _reader([*report["timings"], *report["memory"], *report["counters"]])
     found = []
     for row in report["timings"]:
@@ -35,22 +52,47 @@ def table(report: Mapping[str, Any]) -> list[list[str]]:
         us = (row["subject"], row["model"], conditions)
         full = (FULL, row["model"], {**conditions, "r": 0})
         base = (BASE, row["model"], {**conditions, "r": 0})
-        spoken = f"{row['subject']} {row['model']} {spell(conditions)}"
-        for claim, measured in _measured(read, us, full, base):
-            found.append([claim, PUBLISHED[claim], measured, spoken])
-    return sorted(found, key=lambda one: list(PUBLISHED).index(one[0]))
+        spoken = (row["subject"], row["model"], *_spell(conditions))
+        found += [
+            Measured(claim=claim, found=words, conditions=spoken)
+            for claim, words in _measured(read, us, full, base)
+        ]
+    return sorted(found, key=lambda one: list(PUBLISHED).index(one.claim))
 
 
-def spell(conditions: Mapping[str, Any]) -> str:
+def tell(report: Mapping[str, Any]) -> str:
+    """The claims for a terminal: conditions that all cells share once, then a line a cell."""
+    found = measured(report)
+    if not found:
+        return ""
+    axes = list(zip(*(one.conditions for one in found), strict=True))
+    shared = ", ".join(axis[0] for axis in axes if len(set(axis)) == 1)
+    told = ["The LoRA paper's claims, and what was measured here" + f" ({shared})" * bool(shared)]
+    for claim, published in PUBLISHED.items():
+        rows = [
+            [
+                "",
+                *(c for c, axis in zip(one.conditions, axes, strict=True) if len(set(axis)) > 1),
+                one.found,
+            ]
+            for one in found
+            if one.claim == claim
+        ]
+        if rows:
+            told += ["", f"{claim}, published: {published}", table(rows)]
+    return "\n".join(told)
+
+
+def _spell(conditions: Mapping[str, Any]) -> tuple[str, ...]:
     """Conditions in a few words, with what a ratio hangs on."""
-    words = [
+    return (
         f"r {conditions['r']}",
         conditions["dtype"],
         f"{conditions['batch']}×{conditions['sequence']}",
         "checkpointing" if conditions["checkpointing"] else "no checkpointing",
         conditions["device"],
-    ]
-    return ", ".join(words) + ", AdamW"
+        "AdamW",
+    )
 
 
 def _measured(read: Any, us: Any, full: Any, base: Any) -> Iterable[tuple[str, str]]:
