@@ -48,9 +48,7 @@ def serve(adapter: Adapter, requests: IO[str], answers: IO[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    # A float32 product in TensorFloat32 rounds to 11 bits: budgets are those of what was asked for.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    _settle_the_card()
     # Judging makes and drops modules by the thousand: collecting every 700 is a tenth of its time.
     gc.set_threshold(50_000)
     warnings.simplefilter("ignore")
@@ -66,6 +64,27 @@ def serve(adapter: Adapter, requests: IO[str], answers: IO[str]) -> None:
         found["seconds"] = round(time.monotonic() - started, 4)
         answers.write(json.dumps(found) + "\n")
         answers.flush()
+
+
+def _settle_the_card() -> None:
+    """Take the kernels that round as was asked for and repeat bit for bit: which, no adapter chooses.
+
+    A float32 product in TensorFloat32 rounds to 11 bits, and a sum may be taken in half precision; the
+    fused attentions and some convolutions add their gradients up in any order (torch's notes on
+    numerical accuracy and on reproducibility).
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    matmul.allow_bf16_reduced_precision_reduction = False
+    matmul.allow_fp16_reduced_precision_reduction = False
+    cudnn.deterministic = True
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def answer(adapter: Adapter, specs: dict[str, Spec], request: dict[str, Any]) -> dict[str, Any]:
