@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from harness import one_layer
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
@@ -244,7 +245,7 @@ def round_trip_bits(trial: Trial) -> None:
     cases=(Case(), Case(specimen="fused"), Case(dtype="bfloat16")),
 )
 def same_merged_or_not(trial: Trial) -> None:
-    """Save before and while merged."""
+    """Save before and while merged, which must not keep it from being unmerged."""
     import torch
 
     model = trial.adapted()
@@ -261,6 +262,15 @@ def same_merged_or_not(trial: Trial) -> None:
     for key, value in want.items():
         if isinstance(value, torch.Tensor):
             trial.same_bits(found[key], value, f"{key} while merged")
+    if trial.claims("unmerge"):
+        base, given = trial.base(), trial.inputs()
+        budget = 2 * trial.budget(base, trial.snapshot(model), given)
+        trial.adapter.unmerge(model)  # type: ignore[attr-defined]  # claimed
+        one_layer.silence(trial, model)
+        bare = trial.truth(base, {}, given)
+        trial.close(
+            trial.call(model, given), bare, budget, "base's output, saved while merged and unmerged"
+        )
 
 
 @spec(

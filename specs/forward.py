@@ -86,17 +86,21 @@ def equals_oracle(trial: Trial) -> None:
 
 @spec(
     "forward/any-batch",
-    claim="Inputs of every number of leading dimensions, none and an empty one among them, and of any "
-    "strides MUST be computed on as the base does.",
+    claim="Inputs of every number of leading dimensions, none and an empty one among them, of any strides "
+    "and, as indices, of either width MUST be computed on as the base does.",
     why="A model reshapes, transposes and splits its batches as it likes; what was written for "
     "(batch, tokens, features) fails elsewhere, or answers for another token.",
     source=("https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html#shape",),
     needs=(ORACLE,),
-    cases=tuple(Case(way=form) for form in FORMS),
+    cases=(
+        *(Case(way=form) for form in FORMS),
+        Case(specimen="conv2d", way="channels-last"),
+        Case(specimen="embedding", way="int32"),
+    ),
 )
 def any_batch(trial: Trial) -> None:
     """Judge against the equation."""
-    base, x = trial.base(), _formed(trial.inputs(), trial.case.way)
+    base, x = trial.base(), formed(trial.inputs(), trial.case.way)
     _close(trial, base, trial.adapted(), x)
 
 
@@ -291,8 +295,12 @@ def _scaled(trial: Trial, model: Any, expected: float, which: str) -> None:
                 )
 
 
-def _formed(x: Tensor, way: str) -> Tensor:
+def formed(x: Tensor, way: str) -> Tensor:
     """The inputs (b=3, t=4, i) in another form: other ranks, none at all, or not contiguous."""
+    if way == "int32":
+        return x.int()
+    if way == "channels-last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)  # (b, c, h, w)
     if way == "vector":
         return x[0, 0]  # (i,)
     if way == "matrix":

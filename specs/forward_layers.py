@@ -185,7 +185,7 @@ def output_dtype(trial: Trial) -> None:
 @spec(
     "forward/autocast",
     claim="Under bfloat16 autocast an adapted float32 layer MUST answer in the dtype the base has "
-    "there, within bfloat16's rounding.",
+    "there, within bfloat16's rounding, and train its factors, whatever was called before.",
     why="Mixed precision is how the documented recipes train.",
     source=(
         "BUGS 126, P-16",
@@ -193,10 +193,10 @@ def output_dtype(trial: Trial) -> None:
         "guide, step 7: bfloat16 for mixed precision",
     ),
     needs=(ORACLE, "forward/fused-parts"),
-    cases=(Case(), Case(specimen="bare", r=13), Case(specimen="fused")),
+    cases=(Case(), Case(specimen="bare", r=13), Case(specimen="fused"), Case(specimen="conv2d")),
 )
 def autocast(trial: Trial) -> None:
-    """Judge the output and its dtype, and the factors' dtype afterwards."""
+    """Judge the output and its dtype, what is left behind, and gradients after a call without."""
     import torch
 
     from harness import oracle, specimen, tolerance
@@ -204,7 +204,8 @@ def autocast(trial: Trial) -> None:
     base, x = trial.base(), trial.inputs()
     model = trial.adapted()
     factors = trial.snapshot(model)
-    with torch.autocast(trial.case.device.split(":")[0], dtype=torch.bfloat16):
+    mixed = torch.autocast(trial.case.device.split(":")[0], dtype=torch.bfloat16)
+    with mixed:
         expected, actual = trial.call(base, x), trial.call(model, x)
 
     if actual.dtype != expected.dtype:
@@ -214,6 +215,11 @@ def autocast(trial: Trial) -> None:
     trial.close(actual, trial.truth(base, factors, x), budget, "output under autocast")
     plain = trial.budget(base, factors, x)
     trial.close(trial.call(model, x), trial.truth(base, factors, x), plain, "output after autocast")
+    model.train()
+    with mixed:
+        loss = specimen.loss(model, x)
+    loss.backward()  # type: ignore[no-untyped-call]
+    _all_have_gradients(trial, model, "under autocast, after a call without gradient")
 
 
 @spec(
@@ -229,7 +235,7 @@ def inference_mode_first(trial: Trial) -> None:
     """Judge such a call's outputs, and a backward pass after it."""
     import torch
 
-    from harness import specimen, storage
+    from harness import specimen
 
     base, model, x = trial.base(), trial.adapted(), trial.inputs()
     with torch.inference_mode():
@@ -239,14 +245,17 @@ def inference_mode_first(trial: Trial) -> None:
     trial.close(found.clone(), trial.truth(base, factors, x), budget, "output in inference mode")
     model.train()
     specimen.loss(model, x).backward()  # type: ignore[no-untyped-call]
+    _all_have_gradients(trial, model, "after a first call in inference mode")
+
+
+def _all_have_gradients(trial: Trial, model: nn.Module, when: str) -> None:
+    """A backward pass has reached every factor."""
+    from harness import storage
+
     for handle in storage.handles(trial.factors(model)):
         gradient = storage.gradient(model, handle)
         if gradient is None or not gradient.any():
-            fail(
-                "no-effect",
-                expected="a gradient in each factor",
-                actual="none after a first call in inference mode",
-            )
+            fail("no-effect", expected="a gradient in each factor", actual=f"none {when}")
 
 
 def _layer(trial: Trial, x: Any) -> None:

@@ -146,11 +146,34 @@ def backward_hooks(trial: Trial) -> None:
     _right(trial, base)
 
 
+@spec(
+    "forward/any-batch-gradients",
+    claim="The gradients MUST be right for inputs of every number of leading dimensions, and whatever the "
+    "strides of the input and of the gradient that comes back.",
+    why="A backward pass written by hand is tried on (batch, tokens, features), contiguous; a head or a "
+    "router calls with two dimensions, and a transpose after the layer sends strides back.",
+    source=(
+        "BUGS 118",
+        "https://docs.pytorch.org/docs/stable/notes/extending.html",
+    ),
+    needs=("forward/gradients", "forward/any-batch"),
+    cases=(
+        *(Case(way=form) for form in ("vector", "matrix", "four", "expanded", "strides-back")),
+        Case(specimen="conv2d", way="channels-last"),
+        Case(specimen="conv2d", way="strides-back"),
+    ),
+)
+def any_batch_gradients(trial: Trial) -> None:
+    """Judge against float64."""
+    _right(trial, trial.base())
+
+
 def _right(trial: Trial, base: nn.Module, *, hooked: bool = False) -> None:
     """The gradients of the adapted base, in eval and in train mode, are those of the equation."""
     from harness import oracle, specimen, storage, tolerance
+    from harness.specs.forward import formed
 
-    x = trial.inputs()
+    x = formed(trial.inputs(), trial.case.way)
     if not x.is_floating_point():
         x = x.masked_fill(x == 1, 0)
     model = trial.adapted(base)
@@ -163,6 +186,8 @@ def _right(trial: Trial, base: nn.Module, *, hooked: bool = False) -> None:
         given = x.clone().requires_grad_(x.is_floating_point())
         y = specimen.call(model, given)
         c = _cotangent(y)
+        if trial.case.way == "strides-back":
+            c = c.mT.contiguous().mT
         y.backward(c)  # type: ignore[no-untyped-call]
 
         factors = trial.snapshot(model)

@@ -58,7 +58,7 @@ def _or_raises(act: Callable[[], object]) -> None:
         Case(dtype="bfloat16"),
         Case(dtype="float16"),
         Case(dtype="float64", r=13),
-        Case(way="rslora"),
+        *(Case(specimen=s, way="rslora") for s in ("linear", "embedding", "conv2d", "fused")),
         Case(way="in-train", dropout=0.5),
         *(case for case in EACH_LAYER if case.specimen != "bare"),
     ),
@@ -316,7 +316,7 @@ def _cycle(trial: Trial) -> None:
     source=("BUGS 1", "https://github.com/huggingface/peft/pull/1355"),
     features=("merge",),
     needs=("merge/same-output", "merge/restores-base"),
-    cases=(Case(), Case(specimen="embedding"), Case(specimen="fused")),
+    cases=tuple(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused")),
 )
 def idempotent(trial: Trial) -> None:
     """Merge twice; where it is claimed, unmerge before that and twice after."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from harness import one_layer
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
@@ -50,7 +51,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @spec(
     "merge/keeps-saved-modules",
-    claim="Merging MUST keep the modules that were trained whole.",
+    claim="Merging, and unmerging, MUST keep the modules that were trained whole.",
     why="A merged model with the base's old head answers as if the head had never been trained.",
     source=(
         "BUGS 29",
@@ -77,6 +78,9 @@ def keeps_saved_modules(trial: Trial) -> None:
 
     budget = 2 * trial.budget(trial.base(), factors, given)
     trial.close(trial.call(model, given), before, budget, "merged output, as unmerged")
+    if trial.claims("unmerge"):
+        trial.adapter.unmerge(model)  # type: ignore[attr-defined]  # claimed
+        trial.close(trial.call(model, given), before, budget, "output, merged and unmerged again")
 
 
 @spec(
@@ -142,7 +146,13 @@ def shared_module(trial: Trial) -> None:
     source=("BUGS 17", "https://github.com/huggingface/peft/issues/2725"),
     features=("merge", "lora_bias"),
     needs=("merge/same-output", "merge/restores-base", "forward/lora-bias"),
-    cases=(Case(), Case(specimen="bare"), Case(dtype="bfloat16")),
+    cases=(
+        Case(),
+        Case(specimen="bare"),
+        Case(dtype="bfloat16"),
+        Case(specimen="conv2d"),
+        Case(specimen="fused"),
+    ),
 )
 def bias_scaled(trial: Trial) -> None:
     """Merge factors with a bias; zeros as inputs show the merged bias alone."""
@@ -269,7 +279,7 @@ def _greedy(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     cases=(Case(), Case(specimen="stack")),
 )
 def disabled_while_merged(trial: Trial) -> None:
-    """Merge, disable, and compare the outputs inside and after."""
+    """Merge, disable, and compare the outputs inside and after, and once it is unmerged."""
     adapter: Any = trial.adapter
     base, given, model = trial.base(), trial.inputs(), trial.adapted()
     factors = trial.snapshot(model)
@@ -285,3 +295,8 @@ def disabled_while_merged(trial: Trial) -> None:
         trial.close(found, trial.truth(base, {}, given), budget, "disabled output while merged")
     after = trial.truth(base, factors, given)
     trial.close(trial.call(model, given), after, budget, "output after disabling while merged")
+    if trial.claims("unmerge"):
+        adapter.unmerge(model)
+        one_layer.silence(trial, model)
+        bare = trial.truth(base, {}, given)
+        trial.close(trial.call(model, given), bare, budget, "base's output, unmerged after that")

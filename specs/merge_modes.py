@@ -66,7 +66,7 @@ def base_stays_frozen(trial: Trial) -> None:
     features=("merge",),
     needs=("merge/same-output", "forward/dropout-on-in-train"),
     cases=(
-        Case(),
+        *(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused")),
         Case(dropout=0.5),
         Case(specimen="conv2d", dropout=0.5),
         Case(specimen="fused", dropout=0.5),

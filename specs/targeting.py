@@ -35,6 +35,10 @@ ASKED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "paths": (("layers.1.v_proj", "groups.1.0"), ("layers.1.v_proj", "groups.1.0")),
     "tails": (("1.foo", "0.0"), ("layers.1.foo", "groups.0.0")),
+    "overlapping": (
+        ("foo", "layers.1.foo"),
+        tuple(f"layers.{k}.foo" for k in range(12)),
+    ),
     "traps": (
         ("foobar", "weight_proj"),
         tuple(f"layers.{k}.{name}" for k in range(12) for name in ("foobar", "weight_proj")),
@@ -65,7 +69,7 @@ def exact_coverage(trial: Trial) -> None:
 @spec(
     "targeting/dotted-names",
     claim="A target name with dots, or one within another's, MUST mean the modules whose dotted name is, "
-    "or ends in a dot and, that name.",
+    "or ends in a dot and, that name; a module that two names mean is adapted once.",
     why="Layer 1 is not layer 11, and one layer is adapted alone by its path.",
     source=(
         "BUGS 76, 80, 86",
@@ -74,7 +78,9 @@ def exact_coverage(trial: Trial) -> None:
     ),
     needs=("targeting/exact-coverage",),
     tier="smoke",
-    cases=tuple(Case(specimen="stack", way=way) for way in ("paths", "tails", "traps")),
+    cases=tuple(
+        Case(specimen="stack", way=way) for way in ("paths", "tails", "traps", "overlapping")
+    ),
 )
 def dotted_names(trial: Trial) -> None:
     """Judge the names under which factors are reported."""
@@ -87,6 +93,17 @@ def _meant_alone(trial: Trial) -> None:
     model = trial.inject(config=trial.config(target_modules=names))
 
     _same_names(trial.factors(model), meant, f"target_modules {names}")
+    if trial.case.way == "overlapping":
+        alone = trial.inject(config=trial.config(target_modules=names[:1]))
+        once, found = (
+            sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (alone, model)
+        )
+        if found != once:
+            fail(
+                "count",
+                expected=f"target_modules {names} trains what {names[:1]} does, {once} parameters",
+                actual=f"{found} parameters train",
+            )
 
 
 @spec(
