@@ -215,7 +215,8 @@ def load_trainability(trial: Trial) -> None:
 
 @spec(
     "checkpoint/load-keeps-mode",
-    claim="`load` MUST leave train or eval mode as the base had it, in every module.",
+    claim="`load` MUST leave train or eval mode as the base had it, in every module of it, and an adapter "
+    "that drops in train mode alone.",
     why="Dropout that is on in inference, or off in training, is an error without a message.",
     source=(
         "BUGS 54, 55, 119",
@@ -231,17 +232,37 @@ def load_trainability(trial: Trial) -> None:
     ),
 )
 def load_keeps_mode(trial: Trial) -> None:
-    """Load into a base in each mode, to train and not, and look at every module."""
+    """Load into a base in each mode, to train and not; look at its modules, and whether two calls agree."""
     mode, kind = trial.case.way.split(", ")
     folder, base = trial.folder(), trial.base().train(mode == "train")
-    trial.adapter.save(trial.adapted(), folder)  # type: ignore[attr-defined]  # the feature brings it
+    dropout = 0.5 if trial.claims("dropout") else 0.0
+    # Of what comes with the adapter its outputs tell: a module that holds factors has no mode.
+    there = list(base.named_modules())
+    saved = trial.adapted(config=trial.config(lora_dropout=dropout))
+    trial.adapter.save(saved, folder)  # type: ignore[attr-defined]  # the feature brings it
     loaded = trial.adapter.load(base, folder, trainable=kind == "trainable")  # type: ignore[attr-defined]  # likewise
 
-    wrong = [name for name, m in loaded.named_modules() if m.training != (mode == "train")]
+    in_use = set(loaded.modules())
+    wrong = [
+        name
+        for name, m in (*there, ("the model itself", loaded))
+        if m in in_use and m.training != (mode == "train")
+    ]
     if wrong:
         fail(
             "state",
             expected=f"a base in {mode} mode stays in it",
             actual=f"{len(wrong)} modules are in the other",
             where=wrong[0] or "the model itself",
+        )
+    drops = mode == "train" and kind == "trainable"
+    merges = mode == "eval" and getattr(trial.adapter, "eval_merges", False)
+    if not dropout or merges or (mode == "train" and not drops):
+        return
+    x = trial.inputs()
+    if trial.call(loaded, x).equal(trial.call(loaded, x)) is drops:
+        fail(
+            "state",
+            expected=f"an adapter loaded in {mode} mode {'to drop' if drops else 'not to drop'}",
+            actual=f"two calls {'agree, bit for bit' if drops else 'differ'}",
         )

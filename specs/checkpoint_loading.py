@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @spec(
     "checkpoint/dtype-kept",
-    claim="A checkpoint MUST hold the factors' own dtype, and loading MUST leave the live dtype.",
+    claim="A checkpoint MUST hold no narrower dtype than the factors' own, and loading MUST leave the live "
+    "dtype.",
     why="Factors that come back in half precision lose the small updates of what is trained next.",
     source=(
         "BUGS 67, 68; P13",
@@ -30,11 +31,13 @@ def dtype_kept(trial: Trial) -> None:
     """Load the checkpoint as it is, and cast: the live dtype and its values are what counts."""
     import torch
 
+    from harness import storage
+
     model = trial.adapted()
     state = kept(trial, model)
-    own = {f.A.dtype for parts in trial.factors(model).values() for f in parts}
+    own = {t.dtype for t in storage.handles(trial.factors(model))}
     for key, value in tensors(state).items():
-        if value.dtype not in own:
+        if all(torch.promote_types(value.dtype, dtype) != value.dtype for dtype in own):
             fail("dtype", expected=f"{own}", actual=f"{key} is {value.dtype}", where=key)
     before = {name: p.dtype for name, p in model.named_parameters()}
     half = torch.bfloat16 if torch.float32 in own else torch.float32
@@ -269,7 +272,8 @@ def _misfit(trial: Trial, state: dict[str, Any]) -> dict[str, Any]:
     if way == "shape":
         return {**state, first: torch.cat([state[first], state[first][..., :1]], dim=-1)}
     if way == "row":  # a shape that copying would stretch
-        return {**state, first: state[first][:1]}
+        tall = [k for k, t in tensors(state).items() if t.dim() and t.shape[0] > 1]
+        return {**state, **{key: state[key][:1] for key in tall[:1]}} if tall else {}
     if way == "turned":  # as many numbers, in another shape
         turned = [k for k, t in tensors(state).items() if t.dim() == 2 and t.shape != t.T.shape]
         return {**state, **{key: state[key].T.contiguous() for key in turned[:1]}} if turned else {}

@@ -218,7 +218,13 @@ def autocast(trial: Trial) -> None:
     model.train()
     with mixed:
         loss = specimen.loss(model, x)
-    loss.backward()  # type: ignore[no-untyped-call]
+    if not loss.requires_grad:
+        fail("no-effect", expected="outputs that train the factors", actual="none under autocast")
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:  # mixed precision is claimed nowhere: refusing it is loud
+        trial.notes.append(f"training under autocast is refused: {error}")
+        return
     _all_have_gradients(trial, model, "under autocast, after a call without gradient")
 
 
