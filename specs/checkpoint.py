@@ -23,6 +23,7 @@ KINDS = (
     Case(dtype="bfloat16"),
     Case(dtype="float16"),
     Case(specimen="embedding"),
+    Case(specimen="conv2d"),
     Case(specimen="fused"),
 )
 

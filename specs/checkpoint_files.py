@@ -111,8 +111,10 @@ def _unreadable(path: Path) -> str:
         Case(dtype="bfloat16"),
         Case(way="lora_bias"),
         Case(specimen="embedding"),
+        Case(specimen="conv2d"),
         Case(specimen="fused"),
         Case(specimen="stack", way="modules_to_save"),
+        Case(specimen="stack", way="one-layer"),
         Case(way="another-base"),
     ),
 )
@@ -121,11 +123,12 @@ def save_restores_settings(trial: Trial) -> None:
     from harness import specimen
 
     way = trial.case.way
-    if way not in {"", "another-base"} and not trial.claims(way):
+    if way not in {"", "another-base", "one-layer"} and not trial.claims(way):
         return
     changes: dict[str, dict[str, Any]] = {
         "rslora": {"use_rslora": True},
         "lora_bias": {"lora_bias": True},
+        "one-layer": {"target_modules": ("layers.1.v_proj",)},
         "modules_to_save": {"modules_to_save": ("foo",), "target_modules": ("v_proj",)},
     }
     given, folder = trial.inputs(), trial.folder()
@@ -210,6 +213,16 @@ def load_trainability(trial: Trial) -> None:
             "state",
             expected=f"{len(wanted)} trainable parameters after load(trainable={asked})",
             actual=f"{len(trains)}: {', '.join(sorted(trains)[:3]) or 'none'}",
+        )
+    loaded.eval()
+    loaded.train()
+    after = {name for name, p in loaded.named_parameters() if p.requires_grad}
+    if after != trains.keys():
+        fail(
+            "state",
+            expected=f"the same parameters to train after eval() and train(), {len(trains)}",
+            actual=f"{len(after)} do",
+            where=min(after ^ trains.keys()),
         )
 
 

@@ -111,7 +111,7 @@ def any_batch(trial: Trial) -> None:
     "training, loading or another model has replaced.",
     source=("BUGS 64, 112", "https://github.com/meta-pytorch/torchtune/pull/907"),
     needs=(ORACLE,),
-    cases=(Case(), Case(specimen="stack")),
+    cases=(Case(), Case(specimen="stack"), *(Case(specimen=name) for name in KINDS)),
 )
 def sees_factors_now(trial: Trial) -> None:
     """Judge a call after the factors were written to, between calls and between modes."""

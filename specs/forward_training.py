@@ -186,6 +186,7 @@ def _right(trial: Trial, base: nn.Module, *, hooked: bool = False) -> None:
         given = x.clone().requires_grad_(x.is_floating_point())
         y = specimen.call(model, given)
         c = _cotangent(y)
+        specimen.call(model, trial.inputs(1))  # another call, before this one's backward pass
         if trial.case.way == "strides-back":
             c = c.mT.contiguous().mT
         y.backward(c)  # type: ignore[no-untyped-call]
@@ -209,6 +210,34 @@ def _right(trial: Trial, base: nn.Module, *, hooked: bool = False) -> None:
                 factor_dtype=trial.factor_dtype,
             )
             trial.close(actual, truth, budget, f"the gradient of {what}")
+        if truth_x is not None and M_x is not None:
+            _frozen(trial, model, x, c, truth=truth_x, M=M_x)
+
+
+def _frozen(
+    trial: Trial, model: nn.Module, x: Tensor, c: Tensor, *, truth: Tensor, M: Tensor
+) -> None:
+    """The gradient of the input is the same where nothing trains: other layers may lie before."""
+    from harness import specimen, tolerance
+
+    trains = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trains:
+        parameter.requires_grad_(False)
+    given = x.clone().requires_grad_()
+    y = specimen.call(model, given)
+    if y.requires_grad:
+        y.backward(c)  # type: ignore[no-untyped-call]
+    for parameter in trains:
+        parameter.requires_grad_(True)
+    if given.grad is None:
+        fail("no-effect", expected="a gradient of the input, all frozen", actual="there is none")
+    budget = tolerance.gradients(
+        M,
+        n=y.numel() + x.numel() + trial.case.r,
+        dtype=trial.dtype,
+        factor_dtype=trial.factor_dtype,
+    )
+    trial.close(given.grad, truth, budget, "the gradient of the input, all frozen")
 
 
 @spec(

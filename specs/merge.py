@@ -29,7 +29,9 @@ EACH_LAYER = (
     Case(specimen="bare", dtype="float16"),
     Case(specimen="embedding"),
     Case(specimen="embedding", shape=(6, 6)),
+    Case(specimen="embedding", dtype="bfloat16"),
     Case(specimen="conv2d"),
+    Case(specimen="conv2d", dtype="bfloat16"),
     Case(specimen="grouped"),
     Case(specimen="fused"),
 )

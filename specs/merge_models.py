@@ -90,12 +90,14 @@ def keeps_saved_modules(trial: Trial) -> None:
     source=("BUGS 14", "https://github.com/huggingface/peft/issues/2018"),
     features=("merge", "tied_embeddings"),
     needs=("merge/same-output",),
-    cases=(Case(specimen="tied"), Case(specimen="tied", way="embedding")),
+    cases=tuple(Case(specimen="tied", way=way) for way in ("", "embedding", "both")),
 )
 def tied_weights(trial: Trial) -> None:
     """Adapt one end of a tied pair, merge, and compare the outputs of the whole."""
-    names = ("embed_tokens",) if trial.case.way == "embedding" else ("lm_head",)
-    if trial.case.way == "embedding" and not trial.claims("embedding"):
+    names = {"": ("lm_head",), "embedding": ("embed_tokens",)}.get(
+        trial.case.way, ("embed_tokens", "lm_head")
+    )
+    if trial.case.way and not trial.claims("embedding"):
         trial.notes.append("the tied embedding is not adapted: embedding is not claimed")
         return
     base, given = trial.base(), trial.inputs()

@@ -33,9 +33,11 @@ DESIGN = "DESIGN.md, multi_adapter"
         Case(),
         Case(specimen="fused"),
         Case(specimen="embedding"),
+        Case(specimen="conv2d"),
         Case(specimen="stack"),
+        Case(dtype="bfloat16"),
     ),
-    more_cases=(Case(specimen="tiny"), Case(specimen="tiny-gqa"), Case(dtype="bfloat16")),
+    more_cases=(Case(specimen="tiny"), Case(specimen="tiny-gqa")),
 )
 def switch(trial: Trial) -> None:
     """Judge outputs: the first alone, the second fresh, the second with factors, the first again."""

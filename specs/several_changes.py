@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     cases=(
         Case(),
         Case(way="names-alike"),
+        Case(specimen="stack", way="modules_to_save"),
+        Case(specimen="conv2d"),
         Case(specimen="stack"),
         Case(specimen="embedding"),
     ),
@@ -42,10 +44,12 @@ def delete(trial: Trial) -> None:
         _delete_among_alike(trial)
         return
     x = trial.inputs()
-    model = trial.adapted()
+    whole = trial.case.way == "modules_to_save" and trial.claims("modules_to_save")
+    config = trial.config(modules_to_save=("lm_head",)) if whole else trial.config()
+    model = trial.adapted(config=config)
     adapter: Any = trial.adapter
     before, sizes = trial.call(model, x), _sizes(model)
-    adapter.add(model, "second", trial.config())
+    adapter.add(model, "second", config)
     activate(trial, model, "second")
     trial.randomize(model, seed=1)
     activate(trial, model, "default")
@@ -63,15 +67,38 @@ def delete(trial: Trial) -> None:
     try:
         adapter.activate(model, "second")
     except Exception:  # noqa: BLE001  # any exception is loud
-        adapter.add(model, "second", trial.config())
-        activate(trial, model, "second")
-        trial.same_bits(
-            trial.call(model, x),
-            trial.call(trial.base(), x),
-            "outputs of a fresh adapter under the deleted name",
-        )
+        _add_again(trial, model)
         return
     fail("silent", expected="activating a deleted adapter to raise", actual="nothing was raised")
+
+
+def _add_again(trial: Trial, model: nn.Module) -> None:
+    """Under the deleted name another adapter is what it is asked to be: fresh, frozen, of its own scaling."""
+    import torch
+
+    from harness import tolerance
+
+    adapter: Any = trial.adapter
+    others = {p for p in model.parameters() if p.requires_grad}
+    config = trial.config(r=trial.case.r + 1, lora_alpha=3 * trial.case.alpha)
+    adapter.add(model, "second", config, trainable=False)
+    activate(trial, model, "second")
+    x = trial.inputs()
+    bare = trial.call(trial.base(), x)
+    what = "outputs of a fresh adapter under the deleted name"
+    trial.same_bits(trial.call(model, x), bare, what)
+    allowed = tolerance.unit_roundoff(torch.float32) * config.scaling
+    for name, parts in trial.factors(model).items():
+        for f in parts:
+            if abs(float(f.scaling) - config.scaling) > allowed:
+                fail(
+                    "value",
+                    expected=f"scaling {config.scaling:g} under the deleted name",
+                    actual=f"{float(f.scaling):g}",
+                    where=name,
+                )
+    if any(p.requires_grad and p not in others for p in model.parameters()):
+        fail("state", expected="a frozen adapter under the deleted name", actual="it trains")
 
 
 def _delete_among_alike(trial: Trial) -> None:
@@ -218,8 +245,8 @@ def _add_while_merged(trial: Trial) -> None:
     source=(DESIGN, "DESIGN.md, merge"),
     needs=("several/switch", "merge/same-output", "merge/restores-base"),
     features=("multi_adapter", "merge"),
-    cases=(Case(),),
-    more_cases=(Case(specimen="stack"), Case(specimen="embedding"), Case(specimen="fused")),
+    cases=(Case(), Case(specimen="embedding"), Case(specimen="conv2d")),
+    more_cases=(Case(specimen="stack"), Case(specimen="fused")),
 )
 def merges_the_active(trial: Trial) -> None:
     """Judge merged outputs of the second and, where `unmerge` is claimed, both adapters after it."""

@@ -34,13 +34,15 @@ if TYPE_CHECKING:
         Case(way="alike"),
         Case(way="negative"),
         Case(way="three"),
+        Case(way="rslora"),
+        Case(way="nothing"),
+        Case(specimen="conv2d"),
         Case(specimen="embedding", way="negative"),
         Case(specimen="fused", way="three"),
         Case(specimen="stack", way="negative"),
         Case(specimen="stack", way="targets"),
     ),
     more_cases=(
-        Case(specimen="conv2d"),
         Case(specimen="tiny", way="three"),
         Case(dtype="bfloat16", way="negative"),
     ),
@@ -56,7 +58,10 @@ def combination(trial: Trial) -> None:
     from harness.trial import Trial
 
     x = trial.inputs()
-    model = trial.adapted()
+    if trial.case.way == "rslora" and not trial.claims("rslora"):
+        trial.notes.append("rslora is not claimed")
+        return
+    model = trial.adapted(config=trial.config(use_rslora=trial.case.way == "rslora"))
     terms = _terms(trial, model)
     adapter: Any = trial.adapter
     names = [name for name, _, _ in terms]
@@ -99,6 +104,8 @@ def _terms(trial: Trial, model: nn.Module) -> list[tuple[str, float, Snapshot]]:
         "alike": (0.7, 0.6),
         "negative": (1.5, -0.8),
         "one": (1.0,),
+        "rslora": (0.7, 0.6),
+        "nothing": (0.7, 0.0),
         "three": (0.4, -1.1, 0.9),
         "targets": (0.7, -0.6),
     }[trial.case.way]
@@ -110,6 +117,8 @@ def _terms(trial: Trial, model: nn.Module) -> list[tuple[str, float, Snapshot]]:
         other: dict[str, Any] = {"r": trial.case.r + 2 * k, "lora_alpha": 3.0 * k}
         if trial.case.way == "alike":
             other = {}
+        if trial.case.way == "rslora":
+            other["use_rslora"] = True
         if trial.case.way == "targets":
             other["target_modules"] = ("foo", "qkv_proj")
         adapter.add(model, name, trial.config(**other))

@@ -10,7 +10,7 @@ from harness.spec import spec
 from harness.specs.several import activate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor, nn
 
@@ -39,8 +39,11 @@ if TYPE_CHECKING:
         Case(specimen="embedding"),
         Case(specimen="stack"),
         Case(specimen="tiny", way="train"),
+        Case(specimen="conv2d"),
+        Case(specimen="stack", way="mixed"),
+        Case(dtype="bfloat16"),
     ),
-    more_cases=(Case(specimen="conv2d"), Case(specimen="tiny-gqa"), Case(dtype="bfloat16")),
+    more_cases=(Case(specimen="tiny-gqa"),),
 )
 def disabled_equals_base(trial: Trial) -> None:
     """Judge outputs inside; outputs, trainability, modes and factors after."""
@@ -53,6 +56,8 @@ def disabled_equals_base(trial: Trial) -> None:
     before, values = trial.call(model, x), trial.snapshot(model)
     if way == "train":
         model.train()
+    if way == "mixed":
+        _mix(model)
     state = _state(model)
     adapter: Any = trial.adapter
     inside = None
@@ -70,6 +75,17 @@ def disabled_equals_base(trial: Trial) -> None:
     trial.unmerged(model)
     trial.same_bits(trial.call(model, x), before, "outputs after leaving `disable`")
     _same(trial, trial.snapshot(model), values, "after leaving `disable`")
+
+
+def _mix(model: nn.Module) -> None:
+    """Train mode, but for a norm that is kept in eval mode and yet trains."""
+    import torch
+
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eval()
+            module.weight.requires_grad_(True)
 
 
 class _Interrupted(Exception):  # noqa: N818  # what a user's own code raises inside the context
@@ -271,3 +287,54 @@ def disabled_tells_of_biases(trial: Trial) -> None:
         trial.loud(use, expected="a warning that trained biases act inside `disable`")
     except Broken:
         trial.same_bits(inside[0], bare, "outputs while disabled, or a warning that biases act")
+
+
+@spec(
+    "several/disabled-whatever-is-done",
+    claim="Whatever is done inside `disable` - activating, adding, loading, asking for the checkpoint - the "
+    "outputs inside MUST stay the base's, or it raises.",
+    why="A helper that switches adapters or loads one inside the block would switch the adapter on for the "
+    "rest of it.",
+    source=(
+        "DESIGN.md, disable: inside, the base's outputs",
+        "https://github.com/huggingface/peft/pull/2936",
+    ),
+    needs=("several/disabled-equals-base",),
+    features=("disable",),
+    cases=tuple(Case(way=way) for way in ("activate", "add", "load")),
+)
+def disabled_whatever_is_done(trial: Trial) -> None:
+    """Judge the outputs inside after a call that may switch the adapter on."""
+    from harness.specs.checkpoint import kept
+
+    way = trial.case.way
+    if way != "load" and not trial.claims("multi_adapter"):
+        trial.notes.append("multi_adapter is not claimed")
+        return
+    base, x = trial.base(), trial.inputs()
+    bare = trial.call(base, x)
+    model = trial.adapted(base)
+    adapter: Any = trial.adapter
+    state = kept(trial, model)
+    if way == "activate":
+        adapter.add(model, "second", trial.config())
+        activate(trial, model, "second")
+        trial.randomize(model, seed=1)
+        activate(trial, model, "default")
+    before = trial.call(model, x)
+    act: dict[str, Callable[[], object]] = {
+        "activate": lambda: adapter.activate(model, "second"),
+        "add": lambda: adapter.add(model, "second", trial.config()),
+        "load": lambda: adapter.load_state_dict(model, state),
+    }
+    with adapter.disable(model):
+        try:
+            act[way]()
+        except Exception as error:  # noqa: BLE001  # any exception is loud
+            trial.notes.append(f"{way} inside `disable` is refused: {type(error).__name__}")
+        trial.unmerged(model)
+        inside = trial.call(model, x)
+    trial.same_bits(inside, bare, f"outputs while disabled, after {way}")
+    if way != "activate":
+        trial.unmerged(model)
+        trial.same_bits(trial.call(model, x), before, "outputs after leaving `disable`")

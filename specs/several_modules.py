@@ -132,3 +132,40 @@ def _train_head(trial: Trial, model: nn.Module, given: Any) -> None:
     trial.unmerged(model)
     if torch.equal(trial.call(model, given), fresh):
         fail("no-effect", expected="a trained lm_head to change the outputs", actual="none changed")
+
+
+@spec(
+    "several/frozen-is-frozen-whole",
+    claim="While an adapter that was added frozen acts, nothing of it MUST train, its modules and biases "
+    "neither.",
+    why="A reference or a served adapter whose head trains on is another after the next step.",
+    source=(
+        "DESIGN.md, activate: with the trainability it was added with",
+        "https://github.com/huggingface/peft/pull/2765",
+    ),
+    needs=("several/switch", "trainable/beside-factors"),
+    features=("multi_adapter",),
+    cases=(Case(specimen="stack", way="modules_to_save"), Case(way="lora_bias")),
+)
+def frozen_is_frozen_whole(trial: Trial) -> None:
+    """Judge what trains after activation."""
+    way = trial.case.way
+    if not trial.claims(way):
+        trial.notes.append(f"{way} is not claimed")
+        return
+    more: dict[str, Any] = (
+        {"lora_bias": True} if way == "lora_bias" else {"modules_to_save": ("lm_head",)}
+    )
+    model = trial.adapted()
+    adapter: Any = trial.adapter
+    others = {p for p in model.parameters() if p.requires_grad}
+    adapter.add(model, "frozen", trial.config(**more), trainable=False)
+    activate(trial, model, "frozen")
+    trains = [n for n, p in model.named_parameters() if p.requires_grad and p not in others]
+    if trains:
+        fail(
+            "state",
+            expected="nothing of a frozen adapter to train while it acts",
+            actual=f"{len(trains)} do",
+            where=trains[0],
+        )

@@ -43,6 +43,16 @@ def view(model: nn.Module, *, storage: bool) -> View:
     return seen
 
 
+def _mix(model: nn.Module) -> None:
+    """A norm that is kept in eval mode and yet trains."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.eval()
+            module.weight.requires_grad_(True)
+
+
 def same_view(after: View, before: View, what: str) -> None:
     """The two views are the same, or the first difference."""
     for name in sorted(before.keys() | after.keys()):
@@ -114,10 +124,13 @@ def _acts(trial: Trial, model: nn.Module) -> dict[str, Callable[[], object]]:
         *(Case(way=way) for way in CALLS),
         Case(specimen="embedding", dtype="bfloat16", way="cycle"),
         Case(specimen="stack", way="disable"),
+        *(Case(specimen="normed", way=way) for way in ("save", "disable", "cycle")),
     ),
 )
 def read_only_calls(trial: Trial) -> None:
     """Look at everything before and after one call, in training, in evaluation and frozen."""
+    from harness import specimen
+
     way, given = trial.case.way, trial.inputs()
     merges = bool(getattr(trial.adapter, "eval_merges", False))
     for state in STATES:
@@ -129,6 +142,10 @@ def read_only_calls(trial: Trial) -> None:
             model.requires_grad_(False)
         if not merges:
             model.train(state == "training")
+        if state == "training":
+            _mix(model)
+            specimen.loss(model, given).backward()  # type: ignore[no-untyped-call]
+        held = {n: p for n, p in model.named_parameters() if p.grad is not None}
         # What the first call makes is no trace of the next; nor is a buffer that keeps what is merged.
         want = trial.call(model, given)
         before = view(model, storage=way != "cycle")
@@ -138,6 +155,17 @@ def read_only_calls(trial: Trial) -> None:
             after = {k: v for k, v in after.items() if k in before or not k.startswith("buffer ")}
 
         same_view(after, before, f"{way}, in {state}")
+        now = dict(model.named_parameters())
+        for name, p in held.items():
+            if now.get(name) is not p or p.grad is None:
+                fail(
+                    "state",
+                    expected=f"the parameter that the optimizer holds, with its gradient, after {way}",
+                    actual="another parameter"
+                    if now.get(name) is not p
+                    else "its gradient is gone",
+                    where=name,
+                )
         if way != "cycle":
             trial.same_bits(trial.call(model, given), want, f"output after {way}, in {state}")
 

@@ -108,7 +108,8 @@ def _meant_alone(trial: Trial) -> None:
 
 @spec(
     "targeting/unmatched-name-is-loud",
-    claim="A target name that matches no module MUST raise or warn, also where others match.",
+    claim="A target name that matches no module, or none that can be adapted, MUST raise or warn, also "
+    "where others match.",
     why="Two of the documented Phi-3 samples name projections that Phi-3 does not have: they adapt "
     "a fraction of what they say, and nothing tells.",
     source=("BUGS 77, 86, 123", "https://github.com/huggingface/peft/issues/3658"),
@@ -117,26 +118,34 @@ def _meant_alone(trial: Trial) -> None:
         Case(specimen="stack", way="none-matches"),
         Case(specimen="stack", way="one-of-two"),
         Case(specimen="stack", way="end-of-a-name"),
+        Case(specimen="stack", way="another-kind"),
         Case(specimen="tiny", way="llama-names"),
     ),
 )
 def unmatched_name_is_loud(trial: Trial) -> None:
     """Judge what is heard when a name means nothing, beyond what is heard at every injection."""
+    way = trial.case.way
     there, absent = {
         "none-matches": ((), ("absent_proj",)),
         "one-of-two": (("foo",), ("absent_proj",)),
         "end-of-a-name": (("foo",), ("bar",)),
+        "another-kind": (("foo",), ("norm",)),
         "llama-names": (
             ("o_proj", "down_proj"),
             ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
         ),
-    }[trial.case.way]
+    }[way]
     fitting = trial.config(target_modules=there) if there else trial.config()
     config = trial.config(target_modules=(*there, *absent))
 
     trial.loud(
         lambda: trial.adapter.inject(trial.base(), config),
-        expected=f"an error or a warning, as {', '.join(absent)} are not in the model",
+        expected=f"an error or a warning, as {', '.join(absent)} "
+        + (
+            "is no layer of a kind that LoRA adapts"
+            if way == "another-kind"
+            else "are not in the model"
+        ),
         usual=lambda: trial.adapter.inject(trial.base(), fitting),
     )
 

@@ -78,8 +78,9 @@ def bias_modes(trial: Trial) -> None:
 def _holds(saved: Tensor, parameter: Tensor) -> bool:
     """Whether an entry of a checkpoint is a parameter, or has its numbers in a row among others."""
     n = parameter.numel()
-    if same(saved, parameter) or saved.numel() <= n or saved.dtype != parameter.dtype:
-        return same(saved, parameter)
+    if saved.numel() <= n or saved.dtype != parameter.dtype:
+        matched: bool = same(saved, parameter)
+        return matched
     runs = saved.detach().flatten().unfold(0, n, 1)  # (numbers - n + 1, n)
     found: Tensor = (runs == parameter.detach().flatten()).all(1).any()
     return bool(found)

@@ -109,7 +109,7 @@ class Peft:
         model.set_adapter(name)
         if model.peft_config[name].inference_mode:
             for key, parameter in model.named_parameters():
-                if "lora_" in key and f".{name}" in key:
+                if f".{name}" in key and ("lora_" in key or "modules_to_save" in key):
                     parameter.requires_grad = False
 
     def delete(self, model: Any, name: str) -> None:

@@ -1,0 +1,145 @@
+"""What `load` gives is an adapter like any other, of what was saved last, and of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from harness import one_layer
+from harness.case import Case
+from harness.spec import spec
+from harness.specs.checkpoint import kept, same_factors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from harness.oracle import Snapshot
+    from harness.trial import Trial
+
+DESIGN = "DESIGN.md, load: factors, scaling and settings restored"
+
+
+@spec(
+    "checkpoint/load-reads-what-is-there",
+    claim="`load` MUST give what was saved last, in tensors that no other load shares.",
+    why="A cache by path serves yesterday's adapter, and two models loaded from one file train each other.",
+    source=(
+        DESIGN,
+        "https://github.com/vllm-project/vllm/issues/30931",
+        "https://github.com/vllm-project/vllm/issues/42125",
+    ),
+    features=("save",),
+    needs=("checkpoint/save-restores-settings",),
+    cases=(Case(),),
+)
+def load_reads_what_is_there(trial: Trial) -> None:
+    """Save, load, save other values over it, load twice, and write to one of the two."""
+    adapter: Any = trial.adapter
+    model, folder = trial.adapted(), trial.folder()
+    adapter.save(model, folder)
+    adapter.load(trial.base(), folder)
+    factors = trial.randomize(model, seed=1)
+    try:
+        adapter.save(model, folder)
+    except Exception as error:  # noqa: BLE001  # refusing to write over is loud
+        trial.notes.append(f"saving over an older one is refused: {type(error).__name__}")
+        folder = trial.folder()
+        adapter.save(model, folder)
+    first, second = (adapter.load(trial.base(), folder) for _ in range(2))
+    trial.unmerged(first)
+    same_factors(trial, first, factors, "factors, saved over older ones and loaded")
+    trial.randomize(second, seed=2)
+
+    same_factors(trial, first, factors, "factors, while those of another load are written to")
+
+
+@spec(
+    "checkpoint/loaded-is-an-adapter",
+    claim="An adapter that was loaded MUST save, merge, be disabled and stand beside another as one that "
+    "was injected does.",
+    why="Who resumes or serves works with loaded adapters alone; a `load` that leaves a scaling, a flag or "
+    "a list of its layers behind is seen only in what is done next.",
+    source=(DESIGN, "BUGS 57, P-7"),
+    features=("save",),
+    needs=("checkpoint/save-restores-settings", "checkpoint/load-reads-what-is-there"),
+    cases=tuple(
+        Case(specimen=specimen, way=way)
+        for specimen in ("linear", "conv2d")
+        for way in ("save", "merge", "disable", "multi_adapter")
+    ),
+)
+def loaded_is_an_adapter(trial: Trial) -> None:
+    """Load, give the factors other values, do it, and compare outputs with the equation."""
+    way, adapter = trial.case.way, trial.adapter
+    if not trial.claims(way):
+        trial.notes.append(f"{way} is not claimed")
+        return
+    base, x, folder = trial.base(), trial.inputs(), trial.folder()
+    adapter.save(trial.adapted(), folder)  # type: ignore[attr-defined]  # the feature brings it
+    model = adapter.load(trial.base(), folder, trainable=True)  # type: ignore[attr-defined]  # likewise
+    trial.unmerged(model)
+    factors = trial.randomize(model, seed=1)
+    truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
+    trial.close(trial.call(model, x), truth, budget, "output of a loaded adapter")
+    {
+        "save": _saves,
+        "merge": _merges,
+        "disable": _is_disabled,
+        "multi_adapter": _stands_beside,
+    }[way](trial, model, factors)
+    if way != "save":
+        trial.close(
+            trial.call(model, x), truth, 2 * budget, f"output of a loaded adapter after {way}"
+        )
+
+
+def _saves(trial: Trial, model: nn.Module, factors: Snapshot) -> None:
+    """Its checkpoint is what it now holds, and so is what it is saved as."""
+    adapter: Any = trial.adapter
+    other, folder = trial.inject(seed=1), trial.folder()
+    adapter.load_state_dict(other, kept(trial, model))
+    same_factors(trial, other, factors, "factors, from a loaded adapter's checkpoint")
+    adapter.save(model, folder)
+    again = adapter.load(trial.base(), folder)
+    trial.unmerged(again)
+    same_factors(trial, again, factors, "factors, loaded, saved and loaded again")
+    x = trial.inputs()
+    truth, budget = trial.truth(trial.base(), factors, x), trial.budget(trial.base(), factors, x)
+    trial.close(trial.call(again, x), truth, budget, "output, loaded, saved and loaded again")
+
+
+def _merges(trial: Trial, model: nn.Module, factors: Snapshot) -> None:
+    """What it merges is W + ΔW, seen with the factors gone, where unmerging is not claimed too."""
+    adapter: Any = trial.adapter
+    base, x = trial.base(), trial.inputs()
+    truth, budget = trial.truth(base, factors, x), 2 * trial.budget(base, factors, x)
+    adapter.merge(model)
+    trial.close(trial.call(model, x), truth, budget, "merged output of a loaded adapter")
+    if not trial.claims("unmerge"):
+        return
+    adapter.unmerge(model)
+    one_layer.silence(trial, model)
+    trial.close(trial.call(model, x), trial.truth(base, {}, x), budget, "base's output, unmerged")
+    trial.randomize(model, seed=1)
+
+
+def _is_disabled(trial: Trial, model: nn.Module, factors: Snapshot) -> None:
+    """Inside, the base's outputs."""
+    base, x = trial.base(), trial.inputs()
+    with trial.adapter.disable(model):  # type: ignore[attr-defined]  # claimed
+        found = trial.call(model, x)
+    budget = trial.budget(base, factors, x)
+    trial.close(found, trial.truth(base, {}, x), budget, "output of a loaded adapter, disabled")
+
+
+def _stands_beside(trial: Trial, model: nn.Module, factors: Snapshot) -> None:  # noqa: ARG001
+    """Another is added and acts, and then it again."""
+    adapter: Any = trial.adapter
+    base, x = trial.base(), trial.inputs()
+    adapter.add(model, "second", trial.config(r=trial.case.r + 1))
+    adapter.activate(model, "second")
+    trial.unmerged(model)
+    second = trial.randomize(model, seed=2)
+    truth, budget = trial.truth(base, second, x), trial.budget(base, second, x)
+    trial.close(trial.call(model, x), truth, budget, "output of one added to a loaded adapter")
+    adapter.activate(model, "default")
+    trial.unmerged(model)
