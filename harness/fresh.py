@@ -106,6 +106,10 @@ def _end(process: subprocess.Popen[str], parent: int) -> None:
     if parent == os.getpid():
         process.kill()
         process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):  # what was not written yet has no reader
+                assert pipe is not None
+                pipe.close()
 
 
 _START = "from harness import fresh; fresh.serve()"
