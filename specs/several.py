@@ -42,8 +42,10 @@ DESIGN = "DESIGN.md, multi_adapter"
 def switch(trial: Trial) -> None:
     """Judge outputs: the first alone, the second fresh, the second with factors, the first again."""
     base, x = trial.base(), trial.inputs()
-    bare = trial.call(base, x)
-    model = trial.adapted(base)
+    model = trial.inject(base)
+    # By the adapted layer's own way of adding up, which a fresh adapter shows too.
+    bare = trial.call(model, x)
+    trial.randomize(model)
     alone = trial.call(model, x)
     adapter: Any = trial.adapter
     adapter.add(model, "second", trial.config())

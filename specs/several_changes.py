@@ -83,10 +83,10 @@ def _add_again(trial: Trial, model: nn.Module) -> None:
     config = trial.config(r=trial.case.r + 1, lora_alpha=3 * trial.case.alpha)
     adapter.add(model, "second", config, trainable=False)
     activate(trial, model, "second")
-    x = trial.inputs()
-    bare = trial.call(trial.base(), x)
-    what = "outputs of a fresh adapter under the deleted name"
-    trial.same_bits(trial.call(model, x), bare, what)
+    x, base = trial.inputs(), trial.base()
+    bare, budget = trial.truth(base, {}, x), trial.budget(base, {}, x)
+    what = "output of a fresh adapter under the deleted name"
+    trial.close(trial.call(model, x), bare, budget, what)
     allowed = tolerance.unit_roundoff(torch.float32) * config.scaling
     for name, parts in trial.factors(model).items():
         for f in parts:
