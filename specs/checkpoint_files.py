@@ -237,7 +237,7 @@ def load_trainability(trial: Trial) -> None:
         "https://github.com/huggingface/peft/pull/591",
     ),
     features=("save",),
-    needs=("checkpoint/save-restores-settings",),
+    needs=("checkpoint/save-restores-settings", "forward/dropout-off-in-eval"),
     cases=tuple(
         Case(specimen="stack", way=f"{mode}, {kind}")
         for mode in ("train", "eval")

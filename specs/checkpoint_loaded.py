@@ -60,7 +60,12 @@ def load_reads_what_is_there(trial: Trial) -> None:
     "a list of its layers behind is seen only in what is done next.",
     source=(DESIGN, "BUGS 57, P-7"),
     features=("save",),
-    needs=("checkpoint/save-restores-settings", "checkpoint/load-reads-what-is-there"),
+    needs=(
+        "checkpoint/load-reads-what-is-there",
+        "merge/restores-base",
+        "several/disabled-equals-base",
+        "several/switch",
+    ),
     cases=tuple(
         Case(specimen=specimen, way=way)
         for specimen in ("linear", "conv2d")

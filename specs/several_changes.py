@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         "https://github.com/huggingface/peft/issues/738",
         "https://github.com/huggingface/peft/pull/2466",
     ),
-    needs=("several/switch",),
+    needs=("several/switch", "several/switch-saved-modules"),
     features=("multi_adapter",),
     cases=(
         Case(),

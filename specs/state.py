@@ -143,7 +143,8 @@ def read_only_calls(trial: Trial) -> None:
         if not merges:
             model.train(state == "training")
         if state == "training":
-            _mix(model)
+            if not (merges and way == "cycle"):  # where modes merge, a cycle is one of modes
+                _mix(model)
             specimen.loss(model, given).backward()  # type: ignore[no-untyped-call]
         held = {n: p for n, p in model.named_parameters() if p.grad is not None}
         # What the first call makes is no trace of the next; nor is a buffer that keeps what is merged.
