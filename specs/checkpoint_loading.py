@@ -211,6 +211,7 @@ def base_keys_kept(trial: Trial) -> None:
             Case(way=way)
             for way in ("prefix", "missing", "extra", "rank", "shape", "row", "turned", "empty")
         ),
+        *(Case(specimen=s, way="shape") for s in ("embedding", "conv2d")),
         Case(specimen="stack", way="modules_to_save"),
         Case(way="lora_only"),
         Case(specimen="normed", way="all"),

@@ -6,6 +6,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from harness.case import Case
+from harness.failure import fail
 from harness.spec import spec
 from harness.specs.several import activate
 from harness.specs.several_settings import number
@@ -130,8 +131,8 @@ def _terms(trial: Trial, model: nn.Module) -> list[tuple[str, float, Snapshot]]:
 
 @spec(
     "several/combination-leaves-its-sources",
-    claim="Combining adapters MUST leave each of them as it was: values, scaling, outputs and settings; "
-    "and so MUST writing to the combination.",
+    claim="Combining adapters MUST leave each of them as it was: values, scaling, outputs, trainability and "
+    "settings; and so MUST writing to the combination.",
     why="A combination that writes its rank or alpha into a source's settings changes that source when "
     "it is saved and loaded again; one that shares factors with it, when it is trained on.",
     source=("BUGS 36", "https://github.com/huggingface/peft/issues/654"),
@@ -147,6 +148,7 @@ def combination_leaves_its_sources(trial: Trial) -> None:
     model = trial.adapted()
     terms = _terms(trial, model)
     before = trial.call(model, x)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     adapter: Any = trial.adapter
     adapter.combine(model, [name for name, _, _ in terms], [w for _, w, _ in terms], "both")
     activate(trial, model, "both")
@@ -162,6 +164,14 @@ def combination_leaves_its_sources(trial: Trial) -> None:
                 trial.same_bits(number(is_.scaling), number(was.scaling), what)
     activate(trial, model, "default")
     trial.same_bits(trial.call(model, x), before, "outputs of the first source after combining")
+    frozen = [name for name, parameter in trained if not parameter.requires_grad]
+    if frozen:
+        fail(
+            "state",
+            expected=f"the first source to train as before combining, {len(trained)} parameters",
+            actual=f"{len(frozen)} of them are frozen",
+            where=frozen[0],
+        )
     if trial.claims("save"):
         folder = trial.folder()
         adapter.save(model, folder)

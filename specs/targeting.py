@@ -119,12 +119,20 @@ def _meant_alone(trial: Trial) -> None:
         Case(specimen="stack", way="one-of-two"),
         Case(specimen="stack", way="end-of-a-name"),
         Case(specimen="stack", way="another-kind"),
+        Case(specimen="conv2d", way="no-linear"),
         Case(specimen="tiny", way="llama-names"),
     ),
 )
 def unmatched_name_is_loud(trial: Trial) -> None:
     """Judge what is heard when a name means nothing, beyond what is heard at every injection."""
     way = trial.case.way
+    if way == "no-linear":
+        everything = trial.config(target_modules="all-linear")
+        trial.loud(
+            lambda: trial.adapter.inject(trial.base(), everything),
+            expected='an error or a warning, as "all-linear" finds no nn.Linear in the model',
+        )
+        return
     there, absent = {
         "none-matches": ((), ("absent_proj",)),
         "one-of-two": (("foo",), ("absent_proj",)),
