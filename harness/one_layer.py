@@ -153,6 +153,14 @@ def silence(trial: Trial, model: nn.Module) -> None:
                     f.bias.zero_()
 
 
+def gives_back_the_base(trial: Trial, model: nn.Module, budget: Tensor, what: str) -> None:
+    """Unmerged and without ΔW, a model of any layers answers as its base does."""
+    trial.adapter.unmerge(model)  # type: ignore[attr-defined]  # whoever asks has seen it claimed
+    silence(trial, model)
+    given = trial.inputs()
+    trial.close(trial.call(model, given), trial.truth(trial.base(), {}, given), budget, what)
+
+
 def is_an_adapter_still(
     trial: Trial, model: nn.Module, base: nn.Module, restored: Tensor, what: str
 ) -> None:

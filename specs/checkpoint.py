@@ -264,14 +264,9 @@ def same_merged_or_not(trial: Trial) -> None:
         if isinstance(value, torch.Tensor):
             trial.same_bits(found[key], value, f"{key} while merged")
     if trial.claims("unmerge"):
-        base, given = trial.base(), trial.inputs()
-        budget = 2 * trial.budget(base, trial.snapshot(model), given)
-        trial.adapter.unmerge(model)  # type: ignore[attr-defined]  # claimed
-        one_layer.silence(trial, model)
-        bare = trial.truth(base, {}, given)
-        trial.close(
-            trial.call(model, given), bare, budget, "base's output, saved while merged and unmerged"
-        )
+        budget = 2 * trial.budget(trial.base(), trial.snapshot(model), trial.inputs())
+        what = "base's output, saved while merged and unmerged"
+        one_layer.gives_back_the_base(trial, model, budget, what)
 
 
 @spec(

@@ -121,9 +121,7 @@ def _merges(trial: Trial, model: nn.Module, factors: Snapshot) -> None:
     trial.close(trial.call(model, x), truth, budget, "merged output of a loaded adapter")
     if not trial.claims("unmerge"):
         return
-    adapter.unmerge(model)
-    one_layer.silence(trial, model)
-    trial.close(trial.call(model, x), trial.truth(base, {}, x), budget, "base's output, unmerged")
+    one_layer.gives_back_the_base(trial, model, budget, "base's output, unmerged")
     trial.randomize(model, seed=1)
 
 

@@ -298,7 +298,4 @@ def disabled_while_merged(trial: Trial) -> None:
     after = trial.truth(base, factors, given)
     trial.close(trial.call(model, given), after, budget, "output after disabling while merged")
     if trial.claims("unmerge"):
-        adapter.unmerge(model)
-        one_layer.silence(trial, model)
-        bare = trial.truth(base, {}, given)
-        trial.close(trial.call(model, given), bare, budget, "base's output, unmerged after that")
+        one_layer.gives_back_the_base(trial, model, budget, "base's output, unmerged after that")

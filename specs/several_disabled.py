@@ -8,6 +8,7 @@ from harness.case import Case
 from harness.failure import Broken, fail
 from harness.spec import spec
 from harness.specs.several import activate
+from harness.specs.state import keep_norms_in_eval
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -57,7 +58,8 @@ def disabled_equals_base(trial: Trial) -> None:
     if way == "train":
         model.train()
     if way == "mixed":
-        _mix(model)
+        model.train()
+        keep_norms_in_eval(model)
     state = _state(model)
     adapter: Any = trial.adapter
     inside = None
@@ -75,17 +77,6 @@ def disabled_equals_base(trial: Trial) -> None:
     trial.unmerged(model)
     trial.same_bits(trial.call(model, x), before, "outputs after leaving `disable`")
     _same(trial, trial.snapshot(model), values, "after leaving `disable`")
-
-
-def _mix(model: nn.Module) -> None:
-    """Train mode, but for a norm that is kept in eval mode and yet trains."""
-    import torch
-
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.eval()
-            module.weight.requires_grad_(True)
 
 
 class _Interrupted(Exception):  # noqa: N818  # what a user's own code raises inside the context
@@ -291,7 +282,7 @@ def disabled_tells_of_biases(trial: Trial) -> None:
 
 @spec(
     "several/disabled-whatever-is-done",
-    claim="Whatever is done inside `disable` - activating, adding, loading, asking for the checkpoint - the "
+    claim="Whatever is done inside `disable` (activating, adding, loading, asking for the checkpoint), the "
     "outputs inside MUST stay the base's, or it raises.",
     why="A helper that switches adapters or loads one inside the block would switch the adapter on for the "
     "rest of it.",
@@ -301,14 +292,14 @@ def disabled_tells_of_biases(trial: Trial) -> None:
     ),
     needs=("several/disabled-equals-base",),
     features=("disable",),
-    cases=tuple(Case(way=way) for way in ("activate", "add", "load")),
+    cases=tuple(Case(way=way) for way in ("activate", "add", "load", "checkpoint")),
 )
 def disabled_whatever_is_done(trial: Trial) -> None:
     """Judge the outputs inside after a call that may switch the adapter on."""
     from harness.specs.checkpoint import kept
 
     way = trial.case.way
-    if way != "load" and not trial.claims("multi_adapter"):
+    if way in {"activate", "add"} and not trial.claims("multi_adapter"):
         trial.notes.append("multi_adapter is not claimed")
         return
     base, x = trial.base(), trial.inputs()
@@ -326,6 +317,7 @@ def disabled_whatever_is_done(trial: Trial) -> None:
         "activate": lambda: adapter.activate(model, "second"),
         "add": lambda: adapter.add(model, "second", trial.config()),
         "load": lambda: adapter.load_state_dict(model, state),
+        "checkpoint": lambda: adapter.state_dict(model),
     }
     with adapter.disable(model):
         try:

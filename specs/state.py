@@ -43,12 +43,12 @@ def view(model: nn.Module, *, storage: bool) -> View:
     return seen
 
 
-def _mix(model: nn.Module) -> None:
-    """A norm that is kept in eval mode and yet trains."""
+def keep_norms_in_eval(model: nn.Module) -> None:
+    """As fine-tuning may: a norm that is in eval mode, whatever the rest is, and yet trains."""
     import torch
 
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm1d):
+        if isinstance(module, torch.nn.BatchNorm1d | torch.nn.LayerNorm):
             module.eval()
             module.weight.requires_grad_(True)
 
@@ -144,7 +144,7 @@ def read_only_calls(trial: Trial) -> None:
             model.train(state == "training")
         if state == "training":
             if not (merges and way == "cycle"):  # where modes merge, a cycle is one of modes
-                _mix(model)
+                keep_norms_in_eval(model)
             specimen.loss(model, given).backward()  # type: ignore[no-untyped-call]
         held = {n: p for n, p in model.named_parameters() if p.grad is not None}
         # What the first call makes is no trace of the next; nor is a buffer that keeps what is merged.

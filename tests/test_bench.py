@@ -489,4 +489,10 @@ def test_a_claim_is_never_told_without_its_conditions():
         "the same operations (100); 101.0 ms, base 100.0 ms",
     ]
     head = claims.tell(report).partition("\n")[0]
+    for section in report.values():
+        section += [r | {"subject": "loralib"} for r in section if r["subject"] == "peft"]
+    two = claims.tell(report)
     assert head.endswith("(peft, tiny, r 8, float32, 1×64, no checkpointing, cpu, AdamW)")
+    assert two.startswith("The LoRA paper's claims, and what was measured here (tiny, r 8,")
+    assert "\n  peft     3.00× less" in two
+    assert "\n  loralib  3.00× less" in two
