@@ -8,7 +8,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.case import LAYER_OF, LAYER_SPECIMENS, Case
+from harness.adapter import Capabilities
+from harness.case import LAYER_SPECIMENS, Case
 from harness.errors import UsageError
 from harness.failure import Failure
 from harness.reach import kind_of, reach
@@ -194,7 +195,8 @@ class Judge:
         return found
 
     def _claimed(self, case: Case) -> bool:
-        return kind_of(case) in self.claims["layers"] and case.dtype in self.claims["dtypes"]
+        kinds = {*self.claims["layers"], *self.claims["features"]}
+        return kind_of(case) in kinds and case.dtype in self.claims["dtypes"]
 
     def _ask_all(self, item: Spec, cases: list[Case], result: Result) -> None:
         deadline = time.monotonic() + self._limit
@@ -335,9 +337,7 @@ class Judge:
 
 
 def _group(name: str) -> str:
-    if name in {"float32", "bfloat16", "float16", "float64"}:
-        return "dtypes"
-    return "layers" if name in {"linear", *LAYER_OF.values()} else "features"
+    return next(group for group, names in Capabilities.KNOWN.items() if name in names)
 
 
 _ORACLE = "forward/equals-oracle"

@@ -26,6 +26,7 @@ from harness.case import LAYER_SPECIMENS, Case
 from harness.errors import UsageError
 from harness.failure import Broken, NotRun, Refused, raised
 from harness.measure.memory import heed_gpu_budget
+from harness.reach import kind_of
 from harness.spec import Spec, catalogue
 
 if TYPE_CHECKING:
@@ -214,11 +215,9 @@ def search(
 
 
 def claimed(case: Case, capabilities: Any) -> bool:
-    """Whether a case asks only for what is claimed: its specimen's layer kind and its dtype."""
-    from harness.case import LAYER_OF
-
-    layer = LAYER_OF.get(case.specimen, "linear")
-    return layer in capabilities.layers and case.dtype in capabilities.dtypes
+    """Whether a case asks only for what is claimed: its specimen's kind of layer and its dtype."""
+    kinds = capabilities.layers | capabilities.features
+    return kind_of(case) in kinds and case.dtype in capabilities.dtypes
 
 
 def main(adapter_name: str) -> int:

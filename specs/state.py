@@ -124,6 +124,7 @@ def _acts(trial: Trial, model: nn.Module) -> dict[str, Callable[[], object]]:
         *(Case(way=way) for way in CALLS),
         Case(specimen="embedding", dtype="bfloat16", way="cycle"),
         Case(specimen="stack", way="disable"),
+        *(Case(specimen="nf4", way=way) for way in ("save", "disable")),
         *(Case(specimen="normed", way=way) for way in ("save", "disable", "cycle")),
     ),
 )
