@@ -89,7 +89,10 @@ def test_a_grid_with_no_cell_is_wrong_usage(axis):
         (["--aa", "--adapter", ""], "--adapter: is empty; give --aa one value"),
         (["--aa", "--rank", ""], "--rank: is empty; give --aa one value"),
         (["--aa", "--rank", "2,4"], "--rank 2,4: --aa times one point; give one value"),
-        (["--aa", "--rank", "2", "--rank", "4"], "--rank 2,4: --aa times one point; give one value"),
+        (
+            ["--aa", "--rank", "2", "--rank", "4"],
+            "--rank 2,4: --aa times one point; give one value",
+        ),
         (
             ["--against", "peft", "--repeats", "3"],
             "--repeats: is of the grid, not of a pair; leave it out of --against",
