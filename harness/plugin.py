@@ -81,9 +81,9 @@ def pytest_configure(config: pytest.Config) -> None:
             from harness.measure.memory import parse_bytes
 
             budget = parse_bytes(given(config, "--gpu-budget"))
-            on_gpu = (given(config, "--device") or "").startswith("cuda") or gpu_tier(config)
-            if on_gpu and has_gpu():
-                _cap(budget)
+            device = given(config, "--device") or ("cuda" if gpu_tier(config) else "cpu")
+            if device.startswith("cuda") and has_gpu():
+                _cap(budget, device)
     if given(config, "--adapter") and config.args_source is not pytest.Config.ArgsSource.ARGS:
         # No paths were named: the specs alone, and nothing of the project's is even imported.
         config.args = []
@@ -293,7 +293,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no CUDA device")
 
 
-def _cap(budget: int) -> None:
+def _cap(budget: int, device: str) -> None:
     """Hold this process to the budget, and each one that an implementation is judged in."""
     import os
 
@@ -301,7 +301,7 @@ def _cap(budget: int) -> None:
     from harness.measure.memory import GPU_BUDGET
 
     os.environ[GPU_BUDGET] = str(budget)
-    limit_gpu(budget)
+    limit_gpu(budget, device)
 
 
 __all__ = ["SpecCase", "parametrize_with_specs"]

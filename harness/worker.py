@@ -18,6 +18,7 @@ import os
 import sys
 import time
 import warnings
+from functools import cache
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
@@ -49,11 +50,9 @@ def serve(adapter: Adapter, requests: IO[str], answers: IO[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    _settle_the_card()
     # Judging makes and drops modules by the thousand: collecting every 700 is a tenth of its time.
     gc.set_threshold(50_000)
     warnings.simplefilter("ignore")
-    heed_gpu_budget()
     specs = catalogue()
     for line in requests:
         request = json.loads(line)
@@ -67,8 +66,11 @@ def serve(adapter: Adapter, requests: IO[str], answers: IO[str]) -> None:
         answers.flush()
 
 
-def _settle_the_card() -> None:
-    """Take the kernels that round as was asked for and repeat bit for bit: which, no adapter chooses.
+@cache
+def ready(device: str) -> None:
+    """Before the first tensor on a card: hold to the budget, and settle which kernels are taken.
+
+    Those that round as was asked for and repeat bit for bit: which, no adapter chooses.
 
     A float32 product in TensorFloat32 rounds to 11 bits, and a sum may be taken in half precision; the
     fused attentions and some convolutions add their gradients up in any order (torch's notes on
@@ -76,8 +78,9 @@ def _settle_the_card() -> None:
     """
     import torch
 
-    if not torch.cuda.is_available():
+    if device == "cpu" or not torch.cuda.is_available():
         return
+    heed_gpu_budget(device)
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     matmul.allow_tf32 = cudnn.allow_tf32 = False
     matmul.allow_bf16_reduced_precision_reduction = False
@@ -94,7 +97,9 @@ def answer(adapter: Adapter, specs: dict[str, Spec], request: dict[str, Any]) ->
         import torch
 
         c = adapter.capabilities
-        cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        # A copy of a process that has asked for its cards cannot use them.
+        reached = torch.cuda.is_available() and not torch.cuda._is_in_bad_fork()  # noqa: SLF001
+        cards = torch.cuda.device_count() if reached else 0
         return {
             "devices": ["cpu", *(["cuda"] if cards else []), *(f"cuda:{k}" for k in range(cards))],
             "name": adapter.name,
@@ -126,6 +131,7 @@ def judge(
     from harness.seeding import seed_all
     from harness.trial import Trial
 
+    ready(case.device)
     _set_modules_aside()
     seed_all(case.seed)
     trial = Trial(adapter, case)

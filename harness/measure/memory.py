@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 
@@ -60,16 +59,11 @@ def require_memory(needed: int, *, subject: str) -> None:
         )
 
 
-def heed_gpu_budget() -> None:
-    """Hold this process to the GPU memory that whoever started it was given, if there is a GPU."""
+def heed_gpu_budget(device: str) -> None:
+    """Hold this process to the memory of a card that whoever started it was given."""
     budget = os.environ.get(GPU_BUDGET)
     if budget is None:
         return
-    import torch
-
     from harness.measure import clock
 
-    if torch.cuda.is_available():
-        # A copy of a process that has used CUDA cannot use it, and needs no budget.
-        with contextlib.suppress(RuntimeError):
-            clock.limit_gpu(parse_bytes(budget))
+    clock.limit_gpu(parse_bytes(budget), device)
