@@ -23,8 +23,8 @@ EXIT_CODES = """\
 exit codes: 0 holds · 1 does not hold (a failed MUST, a worse row) · 2 wrong usage or unreadable input ·
 3 incomplete, incomparable or inconclusive where a decision was asked for"""
 
-INTERRUPTED = 130
-"""What a shell expects of a command that Ctrl-C ended: 128 + SIGINT."""
+INTERRUPTED, UNREAD = 130, 141
+"""What a shell expects of a command that Ctrl-C ended, or a closed pipe: 128 + SIGINT, 128 + SIGPIPE."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader, `head` say, has seen enough; nothing is left to tell it.
+        # The reader, `head` say, has seen enough; whether the run was green nobody was told.
         _silence_stdout()
-        return 0
+        return UNREAD
     except OSError as error:
         if error.filename is not None or error.errno not in UNWRITABLE:
             raise

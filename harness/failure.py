@@ -157,19 +157,12 @@ def raised(error: BaseException, *, expected: str = "no exception") -> Broken:
     Where no line of the implementation's was running, what it had given before was no good, or the
     harness is wrong: the line is told to be the harness's own.
     """
-    specs = [Path(folder) for folder in import_module("harness.specs").__path__]
-    ours = Path(__file__).parent
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if "/site-packages/torch/" not in Path(frame.filename).as_posix()
     ]
-    theirs = [
-        frame
-        for frame in frames
-        if not _within(frame.filename, ours, but=ours / "adapters")
-        and not any(_within(frame.filename, folder) for folder in specs)
-    ]
+    theirs = [frame for frame in frames if not _ours(frame.filename)]
     frame = theirs[-1] if theirs else (frames[-1] if frames else None)
     where = f"{_short(frame.filename)}:{frame.lineno} in {frame.name}" if frame else ""
     if frame and not theirs:
@@ -180,6 +173,20 @@ def raised(error: BaseException, *, expected: str = "no exception") -> Broken:
         expected=expected,
         actual=f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__,
         where=where,
+    )
+
+
+def of_the_harness(error: BaseException) -> bool:
+    """Whether a line of the harness raised it, and none of the implementation's."""
+    return _ours(traceback.extract_tb(error.__traceback__)[-1].filename)
+
+
+def _ours(filename: str) -> bool:
+    """Whether a line of this file is the harness's or a spec's, and not an implementation's."""
+    specs = [Path(folder) for folder in import_module("harness.specs").__path__]
+    here = Path(__file__).parent
+    return _within(filename, here, but=here / "adapters") or any(
+        _within(filename, folder) for folder in specs
     )
 
 

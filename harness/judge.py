@@ -283,7 +283,8 @@ class Judge:
         lost = any(failure.kind in {"hang", "crash"} for failure in result.failures)
         complete = whole and self._points.own and result.outcome != "not_run"
         for entry in entries:
-            untrue = entry.untrue(cases, used=lost or id(entry) in used) if complete else ""
+            used_up = lost or id(entry) in used
+            untrue = entry.untrue(item, cases, used=used_up) if complete else ""
             if untrue:
                 result.outcome = "failed"
                 result.failures.append(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from harness.case import Case
     from harness.failure import Failure
+    from harness.spec import Spec
 
 _REQUIRED = {"spec": str, "kind": str, "reason": str, "url": str, "expires": dt.date}
 _CASE_FIELDS = {"specimen", "shape", "dtype", "r", "alpha", "dropout", "way", "device", "seed"}
@@ -54,13 +55,14 @@ class Known:
         """Whether this failure is the one that is known."""
         return self.spec == spec and self.kind == failure.kind and case.matches(self.case)
 
-    def untrue(self, cases: Iterable[Case], *, used: bool) -> str:
-        """Why the entry is no longer true of its spec's cases; empty where it is."""
+    def untrue(self, spec: Spec, judged: Iterable[Case], *, used: bool) -> str:
+        """Why the entry is no longer true of its spec; empty where it is, or none of its cases was judged."""
         if self.expires < dt.datetime.now(tz=dt.UTC).date():
             return f"expired on {self.expires}: look whether it still has to be there"
-        if not any(case.matches(self.case) for case in cases):
+        if not any(case.matches(self.case) for case in (*spec.cases, *spec.more_cases)):
             return "matches no case: mend its selector or remove it"
-        return "" if used else "no longer fails: remove it"
+        idle = not used and any(case.matches(self.case) for case in judged)
+        return "no longer fails: remove it" if idle else ""
 
 
 def load(path: Path) -> list[Known]:

@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 from harness import fresh
 from harness.case import LAYER_SPECIMENS, Case
 from harness.errors import UsageError
-from harness.failure import Broken, NotRun, Refused, raised
+from harness.failure import Broken, NotRun, Refused, of_the_harness, raised
 from harness.measure.memory import heed_gpu_budget
 from harness.reach import kind_of
 from harness.spec import Spec, catalogue
@@ -126,14 +126,14 @@ def judge(
     adapter: Adapter, item: Spec, case: Case
 ) -> tuple[Broken | NotRun | None, list[Margin], list[str]]:
     """Judge one spec at one case: what is broken, or None; margins; notes."""
-    import torch
-
+    from harness import surroundings
     from harness.seeding import seed_all
     from harness.trial import Trial
 
     ready(case.device)
     _set_modules_aside()
     seed_all(case.seed)
+    around = surroundings.look()
     trial = Trial(adapter, case)
     broken: Broken | NotRun | None = None
     try:
@@ -142,13 +142,16 @@ def judge(
         broken = found
     except Refused as refused:
         trial.notes.append(f"vacuous: {refused}")
-    except (KeyboardInterrupt, UsageError):
+    except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001  # SystemExit too: whatever it raises is a failure
+    except BaseException as error:  # SystemExit too: whatever it raises is a failure
+        if isinstance(error, UsageError) and of_the_harness(error):
+            raise
         broken = raised(error)
     finally:
         trial.close_folders()
-        torch.set_grad_enabled(True)
+        for what, now in surroundings.put_back(around).items():
+            trial.notes.append(f"left {what} at {now}; put back")
         if case.device != "cpu" or case.specimen not in SMALL:
             gc.collect()  # a large model in a ring of references would wait for the next case's
     return broken, trial.margins, trial.notes

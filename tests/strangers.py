@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from harness import Capabilities, Factors
+from harness import Capabilities, Factors, UsageError
 from harness.adapters import reference
 
 
@@ -44,6 +44,32 @@ class Wrapped:
 def inject_raises():
     def inject(_, model, config):
         raise RuntimeError("this build has no kernels")
+
+    return Wrapped(inject=inject)
+
+
+def _leaves_a_child(then):
+    def inject(reference, model, config):
+        if os.fork() == 0:
+            time.sleep(100)
+            os._exit(0)
+        return then(reference, model, config)
+
+    return Wrapped(inject=inject)
+
+
+def leaves_a_child():
+    return _leaves_a_child(lambda reference, model, config: reference.inject(model, config))
+
+
+def child_survives():
+    """The process that it came from is gone."""
+    return _leaves_a_child(lambda *_: os._exit(7))
+
+
+def says_wrong_usage():
+    def inject(_, model, config):
+        raise UsageError("this is not for you to say")
 
     return Wrapped(inject=inject)
 

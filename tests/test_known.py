@@ -145,6 +145,19 @@ def test_an_entry_that_is_not_true_is_red(tmp_path, changes, said):
     assert "known.toml" in failure.expected
 
 
+def test_an_entry_of_a_case_that_is_not_judged_is_left_alone(tmp_path):
+    """One of the full tier in a run of the core tier, or of what this adapter does not claim."""
+    point = catalogue()["several/disabled-equals-base"].more_cases[0]
+    known = written(
+        tmp_path,
+        spec='"several/disabled-equals-base"',
+        case=f'{{ specimen = "{point.specimen}" }}',
+    )
+    verdict = check("reference", only=["several/disabled-equals-base"], known=known)
+
+    assert verdict.verdict == "CONFORMS"
+
+
 @pytest.mark.usefixtures("_strangers")
 def test_an_entry_of_a_spec_that_is_not_run_is_left_alone(tmp_path):
     """`--only` another family is no reason to call the list untrue."""

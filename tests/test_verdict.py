@@ -8,11 +8,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from harness import Capabilities, UsageError, check
+from harness import Capabilities, UsageError, check, registry, worker
 from harness.case import Case
+from harness.cli import main
 from harness.failure import Failure
 from harness.faults.initialization import gives_a_convolution_a_bias
+from harness.faults.state import leaves_another_default_dtype
 from harness.judge import Result
 from harness.reach import EVERY_KIND, kind_of, reach
 from harness.spec import catalogue, select
@@ -151,6 +154,49 @@ def test_a_method_that_kills_the_process_fails_its_spec_and_the_verdict_is_writt
     assert merge.failures[0].kind == "crash"
     assert merge.failures[0].actual == "the process exited with 9"
     assert outcomes(verdict)["forward/output-dtype"] == "passed"
+
+
+@pytest.mark.parametrize("given", [str, registry.resolve], ids=["name", "object"])
+@pytest.mark.parametrize(
+    ("name", "outcome"), [("leaves_a_child", "passed"), ("child_survives", "crash")]
+)
+def test_a_child_that_is_left_behind_holds_nothing_up(name, outcome, given):
+    """It has the pipe that answers come by, and ends with the process that left it."""
+    verdict = check(given(f"strangers:{name}"), only=["targeting/exact-coverage"])
+    (result,) = verdict.results
+
+    assert (result.failures[0].kind if result.failures else result.outcome) == outcome
+
+
+def test_what_was_asked_for_wrongly_leaves_the_report_that_was_there(tmp_path):
+    """A misspelt name costs a line, and not last night's report."""
+    report = tmp_path / "base.json"
+    report.write_text("last night's")
+
+    assert main(["check", "referenec", "--json", str(report)]) == 2
+    assert report.read_text() == "last night's"
+    assert main(["check", "referenec", "--json", str(tmp_path / "new.json")]) == 2
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_what_an_implementation_leaves_of_its_surroundings_is_put_back():
+    """The next spec is judged as it would be by itself; and it is told what was left."""
+    adapter, item = leaves_another_default_dtype(), catalogue()["forward/scaling"]
+    broken, _, notes = worker.judge(adapter, item, item.cases[0])
+
+    assert broken is None
+    assert torch.get_default_dtype() is torch.float32
+    assert notes == ["left torch's default dtype at torch.float64; put back"]
+
+
+def test_wrong_usage_is_the_harness_s_to_tell():
+    """Its own exception, raised by the implementation, is a failure of that."""
+    item = catalogue()["targeting/exact-coverage"]
+    broken, _, _ = worker.judge(stranger("says_wrong_usage"), item, item.cases[0])
+
+    assert broken.kind == "raised"
+    with pytest.raises(UsageError):
+        worker.judge(stranger("correct"), item, Case(specimen="nowhere"))
 
 
 @pytest.mark.parametrize("name", ["dead_copies", "wrong_shapes", "incomplete_factors"])
