@@ -14,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from harness import base, phi3
 from harness.cli import main, parser
 from harness.errors import UsageError
 from harness.measure import claims, process, resume
-from harness.measure.bench import _excused
+from harness.measure.bench import _excused, _require_room
 from harness.measure.bench import command as bench_command
-from harness.measure.cell import Cell, grid
+from harness.measure.cell import Cell, _model_settings, grid
 from harness.measure.counters import counting
 from harness.measure.phases import PHASES
 from harness.report import schema
@@ -318,6 +319,29 @@ def test_a_model_too_large_for_this_machine_is_refused(capsys, monkeypatch):
         "lora-harness bench: --model medium-4k in float32: needs 52.01 GiB of real tensors and this "
         "machine has 1.00 GiB free; lora-harness plan measures it without any\n"
     )
+
+
+def test_a_4_bit_base_of_a_card_is_made_in_the_machines_memory(monkeypatch):
+    """Whole, it is four times what the card and the budget are asked for."""
+    psutil = pytest.importorskip("psutil")
+    cell = Cell(adapter="peft", model="mini-4k", dtype="nf4", device="cuda")
+    made = []
+
+    def load(_name, *, device, **_):
+        made.append(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(phi3, "load", load)
+    monkeypatch.setattr(base, "find_spec", lambda _: True)
+    with pytest.raises(KeyboardInterrupt):
+        base.load(_model_settings(cell))
+    free = psutil.virtual_memory()._replace(available=2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+
+    assert made == ["cpu"]
+    with pytest.raises(UsageError, match=r"^--model mini-4k in nf4: needs 7\.12 GiB"):
+        _require_room([cell])
+    _require_room([Cell(adapter="peft", model="mini-4k", device="cuda")])
 
 
 def bench(folder, *arguments, **environment):

@@ -82,9 +82,9 @@ def _require_room(wanted: Sequence[Cell]) -> None:
 
     for name in dict.fromkeys(cell.model for cell in wanted):
         if name in phi3.NAMES and not name.startswith("tiny"):
-            of_it = [cell for cell in wanted if cell.model == name and cell.device == "cpu"]
-            for dtype in dict.fromkeys(cell.dtype for cell in of_it):
-                # A 4-bit base is made from the whole one.
+            # A 4-bit base is made from the whole one, in this machine's memory, for a card too.
+            here = [cell for cell in wanted if cell.device == "cpu" or cell.dtype == "nf4"]
+            for dtype in dict.fromkeys(cell.dtype for cell in here if cell.model == name):
                 size = weights(name, "bfloat16" if dtype == "nf4" else dtype, "none")
                 require_memory(size, subject=f"--model {name} in {dtype}")
 
