@@ -98,6 +98,18 @@ def test_a_grid_with_no_cell_is_wrong_usage(axis):
             ["--against", "peft", "--repeats", "3"],
             "--repeats: is of the grid, not of a pair; leave it out of --against",
         ),
+        *(
+            (
+                [option, value],
+                f"{option}: is of a pair, not of the grid; add --against ADAPTER, or --aa",
+            )
+            for option, value in (
+                ("--python", "python"),
+                ("--against-python", "python"),
+                ("--seconds", "5"),
+                ("--margin", "0.1"),
+            )
+        ),
         (
             ["--aa", "--checkpointing", "on"],
             "--checkpointing: is of the grid, not of a pair; leave it out of --aa",

@@ -92,10 +92,25 @@ def _require_room(wanted: Sequence[Cell]) -> None:
 # ---- the grid ------------------------------------------------------------------------------------
 
 
+OF_A_PAIR: dict[str, Any] = {
+    "python": None,
+    "against_python": None,
+    "seconds": 45.0,
+    "margin": 0.02,
+}
+"""What the command line gives where nobody asks: a grid would drop the rest in silence."""
+
+
 def _grid(args: argparse.Namespace) -> int:
     from harness.environment import collect
     from harness.report.schema import Recorder
 
+    for option, default in OF_A_PAIR.items():
+        if getattr(args, option) != default:
+            told = option.replace("_", "-")
+            raise UsageError(
+                f"--{told}: is of a pair, not of the grid; add --against ADAPTER, or --aa"
+            )
     wanted = cells.grid(
         adapter=args.adapter,
         rank=args.rank,
