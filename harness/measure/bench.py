@@ -10,7 +10,7 @@ from harness.console import table
 from harness.errors import UsageError
 from harness.measure import cell as cells
 from harness.measure import claims, paired, process, resume
-from harness.measure.memory import format_bytes, parse_bytes, require_memory
+from harness.measure.memory import format_bytes, parse_bytes, require_room
 
 if TYPE_CHECKING:
     import argparse
@@ -75,18 +75,14 @@ def _require_models(names: Sequence[str]) -> None:
             phi3.source(name)
 
 
-def _require_room(wanted: Sequence[Cell]) -> None:
-    """Raise UsageError where a model's weights alone are more than this machine has free."""
-    from harness import phi3
-    from harness.measure.shapes import weights
-
-    for name in dict.fromkeys(cell.model for cell in wanted):
-        if name in phi3.NAMES and not name.startswith("tiny"):
-            # A 4-bit base is made from the whole one, in this machine's memory, for a card too.
-            here = [cell for cell in wanted if cell.device == "cpu" or cell.dtype == "nf4"]
-            for dtype in dict.fromkeys(cell.dtype for cell in here if cell.model == name):
-                size = weights(name, "bfloat16" if dtype == "nf4" else dtype, "none")
-                require_memory(size, subject=f"--model {name} in {dtype}")
+def _lacking(cell: Cell) -> str:
+    """Why full fine-tuning is not even begun; empty where it may be, and for any other cell."""
+    if cell.adapter == cells.FULL:
+        try:  # the weights, their gradients, two moments of each
+            require_room(cell.model, cell.dtype, cell.device, times=4)
+        except UsageError as error:
+            return f"{process.OUT_OF_MEMORY}: {error}"
+    return ""
 
 
 # ---- the grid ------------------------------------------------------------------------------------
@@ -126,7 +122,8 @@ def _grid(args: argparse.Namespace) -> int:
     )
     before = resume.earlier(args.json) if args.resume else None
     _require_models(args.model)
-    _require_room(wanted)
+    for where in dict.fromkeys((cell.model, cell.dtype, cell.device) for cell in wanted):
+        require_room(*where)
     versions = process.versions(args.adapter, args.device)
     process.warm(args.adapter)
     environment = collect()
@@ -148,7 +145,8 @@ def _grid(args: argparse.Namespace) -> int:
             report.add("notes", ON_A_GPU_ONLY)
             print(ON_A_GPU_ONLY)
         for cell in _with_progress(left):
-            rows, why = process.in_process(cell, limit=args.limit)
+            lacking = _lacking(cell)
+            rows, why = (None, lacking) if lacking else process.in_process(cell, limit=args.limit)
             if rows is None:
                 failed += not _excused(cell, why)
                 report.add("timings", _lost(cell, why))
@@ -166,11 +164,13 @@ def _grid(args: argparse.Namespace) -> int:
 def _excused(cell: Cell, why: str) -> bool:
     """Whether a cell without figures is no failure.
 
-    It is not claimed; or it is a row without LoRA that the card is too small for, which is what LoRA
-    is for.
+    It is not claimed; or it is a row without LoRA that the card or the machine is too small for,
+    which is what LoRA is for.
     """
     without = cell.adapter in {cells.BASE, cells.FULL}
-    return why.startswith("not claimed") or (without and why.startswith(process.OUT_OF_MEMORY))
+    # SIGKILL is how Linux ends a process that it has no memory for.
+    too_small = (process.OUT_OF_MEMORY, "killed by SIGKILL")
+    return why.startswith("not claimed") or (without and why.startswith(too_small))
 
 
 def _with_progress(left: Sequence[Cell]) -> Any:
@@ -303,6 +303,7 @@ def _pair(args: argparse.Namespace) -> int:
         adapter=args.against or first.adapter,
         python=args.against_python or first.python,
     )
+    require_room(first.model, first.dtype, first.device, times=2)  # one for each side
     with Recorder(args.json, kind="bench", model=first.model) as report:
         answer = paired.compare(first, second, seconds=args.seconds, margin=args.margin)
         report.add("timings", paired.rows(answer, first, second))
