@@ -279,6 +279,33 @@ def test_another_machine_or_library_keeps_nothing():
     assert resume.changes({**now, "libraries": {}}, now) == ["the libraries"]
     assert resume.changes({**now, "threads": {"torch": 2}}, now) == ["the threads"]
     assert resume.changes({}, now) == ["the machine", "the libraries", "the threads"]
+    # Counters hang on what counts.
+    assert resume.changes({**now, "harness": {"commit": "a"}}, now) == ["the harness"]
+
+
+@pytest.mark.parametrize(
+    ("row", "lost"),
+    [({}, "reference r 2"), ({"conditions": {"slowdown": 0.0}}, "reference")],
+)
+def test_resuming_never_drops_what_the_grid_does_not_ask_for(
+    tmp_path, monkeypatch, capsys, row, lost
+):
+    """Another rank's cells, or a pair's answer: measured for minutes, and gone with the file."""
+    path = tmp_path / "bench.json"
+    before = a_report(*CELLS)
+    before["timings"].append(a_row(Cell(adapter="reference", r=2), "seconds", 1.0) | row)
+    with Recorder(path, kind="bench", **before):
+        pass
+    held = path.read_bytes()
+    monkeypatch.setattr(process, "in_process", None)
+    code = main(["bench", "--adapter", "peft", "--resume", "--json", str(path)])
+
+    assert code == 2
+    assert capsys.readouterr().err == (
+        f"lora-harness bench: --resume {path}: holds 1 cell that this grid does not ask for and "
+        f"would lose, first {lost}; ask for it too, or give another --json\n"
+    )
+    assert path.read_bytes() == held
 
 
 def test_resuming_replaces_the_report_by_a_full_one(tmp_path, monkeypatch):

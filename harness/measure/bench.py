@@ -121,6 +121,8 @@ def _grid(args: argparse.Namespace) -> int:
         budget=parse_bytes(args.budget) if args.budget else None,
     )
     before = resume.earlier(args.json) if args.resume else None
+    if before:
+        resume.require_asked_for(before, wanted, args.json)
     _require_models(args.model)
     for where in dict.fromkeys((cell.model, cell.dtype, cell.device) for cell in wanted):
         require_room(*where)
