@@ -143,7 +143,7 @@ def tiny_grid():
 def test_a_miss_is_told_what_seen_point_fits(tiny_grid):
     """With room for all but the largest: one change that was seen to help, and its peak."""
     by_size = sorted(tiny_grid, key=lambda p: p.peak_bytes)
-    told = plan.advice(by_size[-1], tiny_grid, by_size[-2].peak_bytes)
+    told = plan.advice(by_size[-1], tiny_grid, by_size[-2].peak_bytes, registry.resolve("peft"))
 
     fitting = {format_bytes(p.peak_bytes) for p in by_size[:-1]}
     assert told.split(": ")[-1] in fitting
@@ -153,7 +153,38 @@ def test_a_miss_that_no_one_change_mends_names_its_largest_kind(tiny_grid):
     """With room for nothing: the kind that is most of it."""
     miss = max(tiny_grid, key=lambda p: p.peak_bytes)
 
-    assert plan.advice(miss, tiny_grid, 1).startswith(f"mostly {next(iter(miss.kinds))}: ")
+    told = plan.advice(miss, tiny_grid, 1, registry.resolve("peft"))
+    assert told.startswith(f"mostly {next(iter(miss.kinds))}: ")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "seen", "remedy"),
+    [
+        ("peft", ("none", "nf4"), "a 4-bit base, and more than that alone"),
+        ("peft", ("none",), "a 4-bit base"),
+        ("loralib", ("none",), "a smaller model"),
+    ],
+)
+def test_advice_says_no_more_than_was_seen_and_what_the_adapter_can_do(mini, adapter, seen, remedy):
+    """That a change is too little is said of one that was tried; what is not claimed is none."""
+    told = plan.advice(mini["none"], [mini[q] for q in seen], 1, registry.resolve(adapter))
+
+    assert told == f"mostly base weights: {remedy}"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "remedy"), [("peft", "gradient checkpointing"), ("loralib", "a shorter sequence")]
+)
+def test_activations_are_mended_as_the_adapter_can(tiny_grid, adapter, remedy):
+    """By checkpointing where that is claimed."""
+    (miss,) = (
+        p
+        for p in tiny_grid
+        if (p.point.batch, p.point.checkpointing, p.point.quantization) == (2, False, "nf4")
+    )
+
+    told = plan.advice(miss, [miss], 1, registry.resolve(adapter))
+    assert told == f"mostly saved activations: {remedy}"
 
 
 @pytest.mark.parametrize(("r", "sequence"), [(8, 64), (256, 4)])
