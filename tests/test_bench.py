@@ -70,6 +70,12 @@ def test_the_grid_has_each_combination_and_its_baselines():
 
 
 @pytest.mark.parametrize("axis", list(AXES))
+def test_a_value_given_twice_is_run_once(axis):
+    """The cell is the same."""
+    assert grid(**{**AXES, axis: 2 * AXES[axis]}) == grid(**AXES)
+
+
+@pytest.mark.parametrize("axis", list(AXES))
 def test_a_grid_with_no_cell_is_wrong_usage(axis):
     """Whichever axis is empty."""
     with pytest.raises(UsageError, match=r"^the grid has no cell"):

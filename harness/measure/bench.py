@@ -136,7 +136,10 @@ def _grid(args: argparse.Namespace) -> int:
         section: [row for rows in old.values() for row in rows[section]]
         for section in resume.SECTIONS
     }
-    head |= {"model": args.model[0] if len(args.model) == 1 else None, "budget": wanted[0].budget}
+    head |= {
+        "model": args.model[0] if len({*args.model}) == 1 else None,
+        "budget": wanted[0].budget,
+    }
     failed = 0
     with Recorder(args.json, kind="bench", environment=environment, **head) as report:
         if changed:
