@@ -62,6 +62,18 @@ def require_weights_fit(model: str, grid: Iterable[Point], budget: int) -> None:
         )
 
 
+def past_context(model: str, grid: Iterable[Point]) -> list[str]:
+    """A line for each sequence that is longer than the model was made for."""
+    from harness import phi3
+
+    context = phi3.config(model).max_position_embeddings
+    return [
+        f"sequence {tokens} is past the context of {model}, {context} tokens"
+        for tokens in sorted({point.sequence for point in grid})
+        if tokens > context
+    ]
+
+
 FIELDS = ("quantization", "checkpointing", "batch", "sequence", "dtype", "r")
 
 
@@ -151,6 +163,7 @@ def command(args: argparse.Namespace) -> int:
     adapter = registry.resolve(args.adapter)
     grid, left_out = claimed(adapter, grid)
     require_weights_fit(args.model, grid, budget)
+    notes = [*left_out, *past_context(args.model, grid)]
     head = {
         "adapter": {"name": adapter.name, "version": adapter.version},
         "model": args.model,
@@ -158,13 +171,13 @@ def command(args: argparse.Namespace) -> int:
     }
     found: list[Planned] = []
     with Recorder(args.json, kind="plan", **head) as report:
-        report.add("notes", [NOTE, *left_out])
+        report.add("notes", [NOTE, *notes])
         planned = measure(adapter, args.model, grid, target=args.target)
         for one in _with_progress(planned, len(grid)):
             found.append(one)
             _record(report, one, adapter, args.model)
         _show(found, args.model, adapter, budget, args.target)
-        for line in left_out:
+        for line in notes:
             print(line)
     return 0 if any(p.peak_bytes <= budget for p in found) else 1
 

@@ -116,6 +116,14 @@ def test_a_budget_under_the_weights_says_by_how_much(capsys):
     )
 
 
+def test_a_plan_takes_named_models_alone_and_says_so(capsys, tmp_path):
+    """It offers neither a directory nor a hub id, which it would refuse."""
+    code, _, err = run(capsys, "--budget", "8GiB", "--model", str(tmp_path))
+
+    assert code == 2
+    assert err.endswith("? Known are tiny, tiny-gqa, mini-4k, mini-128k, medium-4k\n")
+
+
 @pytest.mark.parametrize("budget", ["8G", "much", "0"])
 def test_a_budget_that_is_no_size_is_wrong_usage(capsys, budget):
     """One line, exit 2."""
@@ -229,6 +237,21 @@ def test_what_is_not_claimed_is_left_out_and_said(capsys):
     assert "1 of 1 fit" in out
     assert "1 of 4 points left out: loralib does not claim quantized_base\n" in out
     assert "1 of 4 points left out: loralib does not claim gradient_checkpointing\n" in out
+
+
+def test_a_sequence_past_the_models_context_is_told(capsys, tmp_path):
+    """It fits the memory, and the model was never made for it."""
+    path = tmp_path / "plan.json"
+    note = "sequence 2049 is past the context of tiny, 2048 tokens"
+    _, out, _ = run(
+        capsys,
+        *("--adapter", "reference", "--model", "tiny", "--budget", "1TiB", "--dtype", "float32"),
+        *("--batch", "1", "--sequence", "8,2049", "--checkpointing", "off"),
+        *("--quantization", "none", "--json", str(path)),
+    )
+
+    assert note in out
+    assert note in read(path)["notes"]
 
 
 def test_a_grid_of_which_nothing_is_claimed_is_wrong_usage(capsys):
