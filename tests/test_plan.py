@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -96,6 +98,24 @@ def test_a_grid_with_no_cell_is_wrong_usage():
     """An axis without a value leaves nothing to plan."""
     with pytest.raises(UsageError, match=r"^the grid has no cell; give each of its axes"):
         shapes.points(batch=())
+
+
+def test_a_value_given_twice_is_planned_once():
+    """The run and its row are the same."""
+    assert len(shapes.points(r=(8, 8), batch=(1,), sequence=(64, 64))) == 4
+
+
+def test_between_two_points_tensors_are_real():
+    """The caller's own work is no part of the plan, nor is a plan that is let go half-way."""
+    grid = shapes.points(dtype=("float32",), sequence=(8,), quantization=("none",))
+    found = shapes.measure(Reference(), "tiny", grid)
+    next(found)
+    between = type(torch.ones(2))
+    next(found)
+    found.close()
+
+    assert between is torch.Tensor
+    assert gc.get_freeze_count() == 0
 
 
 def run(capsys, *arguments):
