@@ -24,18 +24,6 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def timer(device: str = "cpu") -> Callable[[], float]:
-    """A clock in seconds that first waits for the device: pytest-benchmark's `timer`."""
-    if torch.device(device).type != "cuda":
-        return time.perf_counter
-
-    def now() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return now
-
-
 class OwnClock:
     """The monotonic clock less the time in which the kernel had this thread wait for a core.
 
