@@ -69,8 +69,10 @@ def beside(module: str, request: Path) -> subprocess.Popen[bytes]:
 
 
 def ending(code: int) -> str:
-    """An exit code in words: the signal's name, where it was one."""
-    try:
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    except ValueError:
+    """An exit code in words: the signal's name, where it was one. Of real-time signals few have one."""
+    if code >= 0:
         return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

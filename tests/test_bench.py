@@ -145,16 +145,17 @@ def test_four_bits_without_their_library_are_wrong_usage(capsys, monkeypatch):
     assert "pip install '.[quantized]'" in capsys.readouterr().err
 
 
-def half_an_answer(_cell, answer):
-    os.write(answer.fileno(), b"\0\0\0\x64 and no more")
-    os.kill(os.getpid(), signal.SIGKILL)
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGKILL, "SIGKILL"), (40, "signal 40")])
+def test_a_cell_killed_in_the_middle_of_its_answer_is_a_row(monkeypatch, number, name):
+    """The pipe then raises OSError, not EOFError; a real-time signal has no name."""
 
+    def half_an_answer(_cell, answer):
+        os.write(answer.fileno(), b"\0\0\0\x64 and no more")
+        os.kill(os.getpid(), number)
 
-def test_a_cell_killed_in_the_middle_of_its_answer_is_a_row(monkeypatch):
-    """The pipe then raises OSError, not EOFError."""
     monkeypatch.setattr(process, "_child", half_an_answer)
 
-    assert process.in_process(Cell(adapter="base"), limit=60) == (None, "killed by SIGKILL")
+    assert process.in_process(Cell(adapter="base"), limit=60) == (None, f"killed by {name}")
 
 
 @pytest.mark.parametrize(

@@ -126,11 +126,12 @@ def test_a_pair_is_decided_at_a_look(tmp_path, second, verdict):
 @pytest.mark.parametrize(
     ("body", "note"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "the second side (x) died of SIGKILL"),
-        ("sys.exit(5)", "the second side (x) died with exit code 5"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "the second side (x) ended with SIGKILL"),
+        ("os.kill(os.getpid(), 40)", "the second side (x) ended with signal 40"),
+        ("sys.exit(5)", "the second side (x) ended with exit code 5"),
         (
             "say(ready=True)\nsys.stdin.readline()\nos.kill(os.getpid(), signal.SIGKILL)",
-            "the second side (x) died of SIGKILL",
+            "the second side (x) ended with SIGKILL",
         ),
         ("time.sleep(60)", "the second side (x) hangs: no answer when the time was up"),
         ("say(error='ValueError: no')", "the second side (x) raised ValueError: no"),

@@ -10,12 +10,12 @@ code: what patches torch at import must patch its own cells alone.
 from __future__ import annotations
 
 import importlib
-import signal
 import time
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UsageError
 from harness.measure.cell import BASE, FULL, NotClaimed, measure
+from harness.process import ending
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -98,9 +98,9 @@ def _ask(work: Callable[..., None], given: object, *, device: str, limit: float)
     except (EOFError, OSError):  # an OSError where it was ended in the middle of its answer
         process.join(10)
         code = process.exitcode
-        if code is not None and code < 0:
-            return None, f"killed by {signal.Signals(-code).name}"
-        return None, f"died with exit code {code}"
+        if code is None:
+            return None, "gave no answer, and does not end"
+        return None, f"{'killed by' if code < 0 else 'died with'} {ending(code)}"
     finally:
         if process.is_alive():
             process.join(2)

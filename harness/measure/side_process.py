@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import select
-import signal
 import subprocess
 import time
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from harness.errors import UsageError
 from harness.measure.process import LONGEST_WAIT
+from harness.process import ending
 
 if TYPE_CHECKING:
     from harness.measure.paired import Side
@@ -120,7 +120,7 @@ class SideProcess:
                 raise Lost(f"{self._name} hangs: no answer when the time was up")
             chunk = os.read(stream.fileno(), 1 << 16)
             if not chunk:
-                raise _Silent(f"{self._name} died{self._how()}")
+                raise _Silent(f"{self._name} ended{self._how()}")
             self._pending += chunk
         line, _, self._pending = self._pending.partition(b"\n")
         try:
@@ -140,13 +140,11 @@ class SideProcess:
             stream.write(json.dumps(words).encode() + b"\n")
             stream.flush()
         except BrokenPipeError:
-            raise Lost(f"{self._name} died{self._how()}") from None
+            raise Lost(f"{self._name} ended{self._how()}") from None
 
     def _how(self) -> str:
         try:
             code = self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             return ""
-        if code < 0:
-            return f" of {signal.Signals(-code).name}"
-        return f" with exit code {code}"
+        return f" with {ending(code)}"
