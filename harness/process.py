@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
     from types import FrameType
-    from typing import Any
+    from typing import IO, Any
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 """What asks a run to end, beside Ctrl-C: the child takes them as that, and keeps what was done."""
@@ -66,6 +66,13 @@ def beside(module: str, request: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-m", module, str(request)])
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def last_words(errors: IO[str]) -> str:
+    """The last line of what a process wrote to a file, as the end of a sentence; "" where there is none."""
+    errors.seek(0)
+    said = [line.strip() for line in errors.read().splitlines() if line.strip()]
+    return f"; its last words: {said[-1][:200]}" if said else ""
 
 
 def ending(code: int) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
 from harness.errors import UsageError
-from harness.process import ending
+from harness.process import ending, last_words
 
 if TYPE_CHECKING:
     from harness.adapter import Adapter
@@ -86,11 +86,7 @@ class Spawned:
     def status(self) -> str:
         """How it ended, and the last thing it said."""
         code = self.process.wait()
-        self.errors.seek(0)
-        said = [line.strip() for line in self.errors.read().splitlines() if line.strip()]
-        return f"the process ended with {ending(code)}" + (
-            f"; its last words: {said[-1][:200]}" if said else ""
-        )
+        return f"the process ended with {ending(code)}{last_words(self.errors)}"
 
 
 class Forked:

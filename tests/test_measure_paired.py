@@ -133,6 +133,10 @@ def test_a_pair_is_decided_at_a_look(tmp_path, second, verdict):
             "say(ready=True)\nsys.stdin.readline()\nos.kill(os.getpid(), signal.SIGKILL)",
             "the second side (x) ended with SIGKILL",
         ),
+        (
+            "print('first', file=sys.stderr)\nsys.exit('no torch for you\\n')",
+            "the second side (x) ended with exit code 1; its last words: no torch for you",
+        ),
         ("time.sleep(60)", "the second side (x) hangs: no answer when the time was up"),
         ("say(error='ValueError: no')", "the second side (x) raised ValueError: no"),
     ],

@@ -10,6 +10,7 @@ import json
 import os
 import select
 import subprocess
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from harness.errors import UsageError
 from harness.measure.process import LONGEST_WAIT
-from harness.process import ending
+from harness.process import ending, last_words
 
 if TYPE_CHECKING:
     from harness.measure.paired import Side
@@ -45,12 +46,13 @@ class SideProcess:
         here = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
         threads = str(side.threads)
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
                 [side.python, "-m", "harness.measure.side"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=self._errors,
                 # One hash seed for both: the order of a set is no difference between them.
                 env={
                     **os.environ,
@@ -62,6 +64,7 @@ class SideProcess:
                 },
             )
         except OSError as error:
+            self._errors.close()
             raise UsageError(
                 f"--python {side.python}: cannot be run ({error.strerror}); give an interpreter "
                 "that has torch, transformers and the implementation"
@@ -74,6 +77,7 @@ class SideProcess:
     def __exit__(self, *exc: object) -> None:
         self._process.kill()
         self._process.communicate()
+        self._errors.close()
 
     def begin(self) -> None:
         """Ask for the work to be built; of one that is dead already, `ready` says how."""
@@ -147,4 +151,4 @@ class SideProcess:
             code = self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             return ""
-        return f" with {ending(code)}"
+        return f" with {ending(code)}{last_words(self._errors)}"
