@@ -6,10 +6,12 @@ import json
 import math
 import random
 import sys
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness.errors import UsageError
@@ -150,6 +152,31 @@ def test_a_side_that_fails_makes_the_answer_inconclusive(tmp_path, body, note):
     assert found.verdict == "inconclusive"
     assert found.note == note
     assert str(found) == f"inconclusive: {note}"
+
+
+def test_what_a_side_has_started_is_ended_with_it(tmp_path):
+    """A wrapper around a Python leaves a child that holds the pipe: nobody waits for it."""
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/child\nwait\n")
+    wrapper.chmod(0o755)
+    began = time.monotonic()
+    compare(steady(tmp_path, 0.02), Side(adapter="x", python=str(wrapper)), seconds=2)
+
+    took = time.monotonic() - began
+    child = int((tmp_path / "child").read_text())
+    while at_work(child) and time.monotonic() - began < 30:
+        time.sleep(0.01)  # a signal takes a moment
+
+    assert took < 30
+    assert not at_work(child)
+
+
+def at_work(pid):
+    """Whether there is such a process; one that nobody has buried yet is none."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_an_interpreter_that_is_not_there_is_wrong_usage(tmp_path):

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import tempfile
 import time
@@ -53,6 +54,8 @@ class SideProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
+                # Ctrl-C does not reach another session: `__exit__` ends what is in it.
+                start_new_session=True,
                 # One hash seed for both: the order of a set is no difference between them.
                 env={
                     **os.environ,
@@ -75,8 +78,14 @@ class SideProcess:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        # All of its session: what a wrapper around the interpreter has started holds the pipes, too.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):  # what was never read is written once more
+                stream.close()
+        self._process.wait()
         self._errors.close()
 
     def begin(self) -> None:
