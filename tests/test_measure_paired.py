@@ -15,8 +15,10 @@ import psutil
 import pytest
 
 from harness.errors import UsageError
+from harness.measure import paired
 from harness.measure.interval import LOOKS, decide, median_interval
 from harness.measure.paired import Side, compare, rows
+from harness.measure.side_process import Late, SideProcess
 
 
 def rounds(n, *, shift=0.0, seed=0):
@@ -139,7 +141,10 @@ def test_a_pair_is_decided_at_a_look(tmp_path, second, verdict):
             "print('first', file=sys.stderr)\nsys.exit('no torch for you\\n')",
             "the second side (x) ended with exit code 1; its last words: no torch for you",
         ),
-        ("time.sleep(60)", "the second side (x) hangs: no answer when the time was up"),
+        (
+            "time.sleep(60)",
+            "the second side (x) hangs or is too slow: no answer when the time was up",
+        ),
         ("say(error='ValueError: no')", "the second side (x) raised ValueError: no"),
     ],
 )
@@ -152,6 +157,67 @@ def test_a_side_that_fails_makes_the_answer_inconclusive(tmp_path, body, note):
     assert found.verdict == "inconclusive"
     assert found.note == note
     assert str(found) == f"inconclusive: {note}"
+
+
+class Slowing:
+    """A side that is late with one block, and has been silent for some seconds when the time is up."""
+
+    late = 0
+    silence = 0.0
+
+    def __init__(self, side, name):
+        self.blocks, self.second = 0, name == "second"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        pass
+
+    def begin(self):
+        pass
+
+    def ready(self, deadline):
+        return {}
+
+    def run(self, steps, deadline, core=None):
+        self.blocks += 1
+        if self.second and self.blocks == self.late:
+            raise Late("the second side (x) hangs", self.silence)
+        return 0.03 if self.second else 0.02
+
+
+@pytest.mark.parametrize(
+    ("late", "silence", "verdict", "note"),
+    [
+        (33, 1.0, "worse", ""),
+        (33, 8.0, "inconclusive", "the second side (x) hangs"),
+        (1, 1.0, "inconclusive", "10 s were over before the first round"),
+        (3, 1.0, "inconclusive", "10 s were over before the first round"),
+    ],
+)
+def test_one_slow_block_at_the_end_is_no_hang(monkeypatch, late, silence, verdict, note):
+    """What the rounds before it say holds; a side that was silent for most of the time hangs."""
+    monkeypatch.setattr(paired, "SideProcess", Slowing)
+    monkeypatch.setattr(Slowing, "late", late)
+    monkeypatch.setattr(Slowing, "silence", silence)
+    found = compare(Side(adapter="x"), Side(adapter="x"), seconds=10)
+
+    assert (found.verdict, found.note) == (verdict, note)
+    assert found.rounds == max(0, (late - 3) // 2)  # two blocks of warm-up, then two a round
+
+
+def test_a_side_is_silent_from_the_last_question_on(tmp_path):
+    """The time in which it was built, or in which the other side worked, is not counted."""
+    body = "time.sleep(1)\nsay(ready=True)\ntime.sleep(60)"
+    side = Side(adapter="x", python=interpreter(tmp_path, "slow", body))
+    with SideProcess(side, "second") as process:
+        process.begin()
+        process.ready(time.monotonic() + 30)
+        with pytest.raises(Late) as late:
+            process.run(1, time.monotonic() + 0.1)
+
+    assert 0.1 <= late.value.silence < 1
 
 
 def test_what_a_side_has_started_is_ended_with_it(tmp_path):

@@ -30,6 +30,14 @@ class Lost(Exception):  # noqa: N818  # it says what became of a side
     """A side that will not answer any more: why."""
 
 
+class Late(Lost):
+    """No answer when the time was up, `silence` seconds after the question."""
+
+    def __init__(self, said: str, silence: float) -> None:
+        super().__init__(said)
+        self.silence = silence
+
+
 class _Nonsense(Lost):
     """A side that speaks another language."""
 
@@ -73,6 +81,7 @@ class SideProcess:
                 "that has torch, transformers and the implementation"
             ) from None
         self._pending = b""
+        self._asked = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -130,7 +139,10 @@ class SideProcess:
             left = deadline - time.monotonic()
             ready, _, _ = select.select([stream], [], [], min(max(0.0, left), LONGEST_WAIT))
             if not ready:
-                raise Lost(f"{self._name} hangs: no answer when the time was up")
+                raise Late(
+                    f"{self._name} hangs or is too slow: no answer when the time was up",
+                    silence=time.monotonic() - self._asked,
+                )
             chunk = os.read(stream.fileno(), 1 << 16)
             if not chunk:
                 raise _Silent(f"{self._name} ended{self._how()}")
@@ -149,6 +161,7 @@ class SideProcess:
     def _say(self, words: dict[str, Any]) -> None:
         stream = self._process.stdin
         assert stream is not None
+        self._asked = time.monotonic()
         try:
             stream.write(json.dumps(words).encode() + b"\n")
             stream.flush()
