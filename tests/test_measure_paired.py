@@ -164,6 +164,7 @@ class Slowing:
 
     late = 0
     silence = 0.0
+    ending = 0.0
 
     def __init__(self, side, name):
         self.blocks, self.second = 0, name == "second"
@@ -172,7 +173,7 @@ class Slowing:
         return self
 
     def __exit__(self, *exc):
-        pass
+        time.sleep(self.ending)
 
     def begin(self):
         pass
@@ -205,6 +206,16 @@ def test_one_slow_block_at_the_end_is_no_hang(monkeypatch, late, silence, verdic
 
     assert (found.verdict, found.note) == (verdict, note)
     assert found.rounds == max(0, (late - 3) // 2)  # two blocks of warm-up, then two a round
+
+
+def test_the_seconds_end_with_the_answer(monkeypatch):
+    """To end two processes that hold much memory takes a moment, after the answer."""
+    monkeypatch.setattr(paired, "SideProcess", Slowing)
+    monkeypatch.setattr(Slowing, "late", 33)
+    monkeypatch.setattr(Slowing, "ending", 0.3)
+    found = compare(Side(adapter="x"), Side(adapter="x"), seconds=10)
+
+    assert found.seconds < 0.6
 
 
 def test_a_side_is_silent_from_the_last_question_on(tmp_path):

@@ -177,9 +177,9 @@ def compare(
             if not isinstance(lost, Late) or lost.silence > seconds / 2:
                 nothing = median_interval(ratios, error / (len(LOOKS) + 1))
                 return finish("inconclusive", nothing, str(lost))
-    verdict, found = decide(ratios, margin=margin, error=error)
-    note = "" if ratios else f"{seconds:g} s were over before the first round"
-    return finish(verdict, found, note)
+        verdict, found = decide(ratios, margin=margin, error=error)
+        note = "" if ratios else f"{seconds:g} s were over before the first round"
+        return finish(verdict, found, note)
 
 
 def _cores(*sides: Side) -> list[int | None]:
