@@ -9,11 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from harness import registry
 from harness.cli import main, parser
 from harness.errors import UsageError
 from harness.measure import claims, process, resume
@@ -156,6 +159,39 @@ def test_a_cell_killed_in_the_middle_of_its_answer_is_a_row(monkeypatch, number,
     monkeypatch.setattr(process, "_child", half_an_answer)
 
     assert process.in_process(Cell(adapter="base"), limit=60) == (None, f"killed by {name}")
+
+
+def test_ctrl_c_is_the_parent_s_to_answer(monkeypatch, capfd):
+    """The terminal sends it to the cell, too, which would die of it with a traceback."""
+
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(process, "measure", interrupted)
+    monkeypatch.setattr(
+        registry, "resolve", lambda _: interrupted() or SimpleNamespace(version="1")
+    )
+
+    assert process.in_process(Cell(adapter="base"), limit=60) == (None, "")
+    assert process.versions(["peft"], "cpu") == {"peft": "1"}
+    assert capfd.readouterr().err == ""
+
+
+def test_a_cell_that_is_interrupted_is_not_waited_for(monkeypatch):
+    """It is deaf to Ctrl-C, and goes on."""
+
+    def child(_cell, answer):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        time.sleep(0.2)  # by then the parent waits
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr(process, "_child", child)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        process.in_process(Cell(adapter="base"), limit=60)
+
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize(
