@@ -19,7 +19,7 @@ import torch
 from harness import registry
 from harness.cli import main, parser
 from harness.errors import UsageError
-from harness.measure import claims, process, resume
+from harness.measure import claims, clock, process, resume
 from harness.measure.bench import _excused
 from harness.measure.bench import command as bench_command
 from harness.measure.cell import Cell, grid
@@ -159,6 +159,29 @@ def test_a_cell_killed_in_the_middle_of_its_answer_is_a_row(monkeypatch, number,
     monkeypatch.setattr(process, "_child", half_an_answer)
 
     assert process.in_process(Cell(adapter="base"), limit=60) == (None, f"killed by {name}")
+
+
+def test_a_driver_that_hangs_costs_one_number(monkeypatch):
+    """What the cell has measured by then is kept; the driver's count is left out."""
+
+    def hangs(command, **_):
+        raise subprocess.TimeoutExpired(command, 20)
+
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(subprocess, "run", hangs)
+
+    assert clock._driver_bytes() is None
+
+
+def test_what_the_driver_says_is_read(monkeypatch):
+    """In MiB, by process."""
+    lines = f"1, 30\n{os.getpid()}, 512\n"
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, lines)
+    )
+
+    assert clock._driver_bytes() == 512 * 2**20
 
 
 def test_ctrl_c_is_the_parent_s_to_answer(monkeypatch, capfd):
