@@ -114,6 +114,18 @@ def test_wrong_usage_is_one_line_and_exit_2(capsys, arguments, line):
     assert capsys.readouterr().err == f"lora-harness bench: {line}\n"
 
 
+def test_the_margin_s_help_tells_what_lies_between(capsys):
+    """From half of it on a change may be called worse: who sets a margin must know."""
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "--margin MARGIN more than this is not the same, less than half of it no change; between, "
+        "either may be told (default: 0.02)"
+    ) in said
+
+
 @pytest.mark.parametrize("seconds", [math.inf, math.nan, -1.0, 0.0])
 @pytest.mark.parametrize("option", ["limit", "seconds"])
 def test_a_time_that_is_none_is_wrong_usage(option, seconds):

@@ -73,6 +73,15 @@ def test_looking_again_and_again_does_not_cry_wolf():
     assert set(verdicts) == {"same"}
 
 
+def test_the_error_is_that_of_both_ends_of_the_margin():
+    """Of 100 pairs each: slowed by half the margin, at most 5 % are worse; by all of it, the same."""
+    half = Counter(answer(seed, math.log1p(0.02) / 2) for seed in range(100))
+    whole = Counter(answer(seed, math.log1p(0.02)) for seed in range(100))
+
+    assert half["worse"] + half["better"] <= 5
+    assert whole["same"] + whole["better"] <= 5
+
+
 def test_five_per_cent_are_found():
     """Of 200 pairs slowed by 5 %, all are called worse; of 200 sped up, all better."""
     assert {answer(seed, math.log(1.05)) for seed in range(200)} == {"worse"}
