@@ -168,7 +168,13 @@ def bench(p: argparse.ArgumentParser) -> None:
     pair.add_argument("--python", help="interpreter of the first side")
     pair.add_argument("--against-python", help="interpreter of the second side")
     pair.add_argument("--seconds", type=float, default=45.0, help="at most (default: 45)")
-    pair.add_argument("--margin", type=float, default=0.02, help="counts as same (default: 0.02)")
+    pair.add_argument(
+        "--margin",
+        type=float,
+        default=0.02,
+        help="more than this is not the same, less than half of it no change; between, either may "
+        "be told (default: 0.02)",
+    )
     _json(p)
 
 

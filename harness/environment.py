@@ -126,14 +126,14 @@ def _checkout(folder: Path) -> dict[str, Any]:
     if not (folder / ".git").exists() and not (folder.parent / ".git").exists():
         # Installed elsewhere: a repository further up is somebody else's.
         return nothing
-    commit = _said("git", "-C", str(folder), "rev-parse", "HEAD")
-    changes = _said("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
+    commit = printed("git", "-C", str(folder), "rev-parse", "HEAD")
+    changes = printed("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
     if not commit or changes is None:
         return nothing
     return {"commit": commit, "dirty": bool(changes)}
 
 
-def _said(*command: str, seconds: float = 10) -> str | None:
+def printed(*command: str, seconds: float = 10) -> str | None:
     """What a command printed, or None where it is missing, fails or hangs."""
     if shutil.which(command[0]) is None:
         return None
@@ -186,7 +186,9 @@ def _cpu() -> str:
         key, _, value = line.partition(":")
         if key.strip() == "model name":
             return " ".join(value.split())
-    brand = _said("sysctl", "-n", "machdep.cpu.brand_string") if sys.platform == "darwin" else None
+    brand = (
+        printed("sysctl", "-n", "machdep.cpu.brand_string") if sys.platform == "darwin" else None
+    )
     return brand or platform.processor() or platform.machine()
 
 
@@ -206,7 +208,7 @@ def _gpus() -> list[dict[str, Any]]:
     Without `nvidia-smi`, those that torch sees, if it is loaded, with less to say.
     """
     query = ",".join(("name", "driver_version", *(field for _, field, _ in _GPU_FACTS)))
-    said = _said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits")
+    said = printed("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits")
     if said is None:
         return _gpus_of_torch()
     gpus = []

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
     from types import FrameType
-    from typing import Any
+    from typing import IO, Any
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 """What asks a run to end, beside Ctrl-C: the child takes them as that, and keeps what was done."""
@@ -68,9 +68,18 @@ def beside(module: str, request: Path) -> subprocess.Popen[bytes]:
         signal.signal(signal.SIGINT, before)
 
 
+def last_words(errors: IO[str]) -> str:
+    """The last line of what a process wrote to a file, as the end of a sentence; "" where there is none."""
+    errors.seek(0)
+    said = [line.strip() for line in errors.read().splitlines() if line.strip()]
+    return f"; its last words: {said[-1][:200]}" if said else ""
+
+
 def ending(code: int) -> str:
-    """An exit code in words: the signal's name, where it was one."""
-    try:
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    except ValueError:
+    """An exit code in words: the signal's name, where it was one. Of real-time signals few have one."""
+    if code >= 0:
         return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

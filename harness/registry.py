@@ -57,10 +57,10 @@ def check(adapter: Any, spec: str) -> Adapter:
     if isinstance(adapter, type):
         raise _wrong(spec, f"returned the class {adapter.__name__}; return an instance of it")
     for member in ("name", "version"):
-        value = getattr(adapter, member, None)
+        value = _member(adapter, member, spec)
         if not isinstance(value, str) or not value:
             raise _wrong(spec, f"`{member}` is {_told(adapter, member)}; it must be a string")
-    if not isinstance(getattr(adapter, "capabilities", None), Capabilities):
+    if not isinstance(_member(adapter, "capabilities", spec), Capabilities):
         told = _told(adapter, "capabilities")
         raise _wrong(spec, f"`capabilities` is {told}; it must be a harness.Capabilities")
     for method in REQUIRED_METHODS:
@@ -72,10 +72,18 @@ def check(adapter: Any, spec: str) -> Adapter:
     return checked
 
 
+def _member(adapter: Any, member: str, spec: str) -> Any:
+    """What the member is, None where it is missing; raises UsageError where asking for it raises."""
+    try:
+        return getattr(adapter, member, None)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a stranger's property raises
+        raise _wrong(spec, f"`{member}` raised {_line(error)}") from None
+
+
 def _check_method(adapter: Any, method: str, spec: str, why: str) -> None:
     """Raise UsageError unless the method can be called the way the harness calls it."""
     form = f"{method}({ARGUMENTS[method]})"
-    call = getattr(adapter, method, None)
+    call = _member(adapter, method, spec)
     if call is None:
         raise _wrong(spec, f"`{method}` is missing; {why}: {form}")
     if not callable(call):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
 from harness.errors import UsageError
+from harness.process import ending, last_words
 
 if TYPE_CHECKING:
     from harness.adapter import Adapter
@@ -91,9 +92,7 @@ class Spawned:
     def status(self) -> str:
         """How it ended, and the last thing it said."""
         code = self.process.wait()
-        self.errors.seek(0)
-        said = [line.strip() for line in self.errors.read().splitlines() if line.strip()]
-        return _ending(code) + (f"; its last words: {said[-1][:200]}" if said else "")
+        return f"the process ended with {ending(code)}{last_words(self.errors)}"
 
 
 class Forked:
@@ -139,7 +138,7 @@ class Forked:
         """How it ended."""
         self._wait()
         assert self.code is not None
-        return _ending(self.code)
+        return f"the process ended with {ending(self.code)}"
 
     def _wait(self, options: int = 0) -> None:
         if self.code is None:
@@ -182,15 +181,6 @@ def _cpu_seconds(pid: int) -> float:
     except psutil.Error:
         return 0.0
     return float(sum(t.user + t.system for t in times))
-
-
-def _ending(code: int) -> str:
-    if code < 0:
-        name = (
-            signal.Signals(-code).name if -code in signal.Signals._value2member_map_ else str(-code)
-        )
-        return f"the process was ended by {name}"
-    return f"the process exited with {code}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from harness import base, phi3
+from harness import base, phi3, registry
 from harness.cli import main, parser
 from harness.errors import UsageError
-from harness.measure import claims, paired, process, resume
+from harness.measure import claims, clock, paired, process, resume
 from harness.measure.bench import _excused
 from harness.measure.bench import command as bench_command
 from harness.measure.cell import Cell, _model_settings, grid
@@ -131,6 +133,18 @@ def test_wrong_usage_is_one_line_and_exit_2(capsys, arguments, line):
     assert capsys.readouterr().err == f"lora-harness bench: {line}\n"
 
 
+def test_the_margin_s_help_tells_what_lies_between(capsys):
+    """From half of it on a change may be called worse: who sets a margin must know."""
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "--margin MARGIN more than this is not the same, less than half of it no change; between, "
+        "either may be told (default: 0.02)"
+    ) in said
+
+
 @pytest.mark.parametrize("seconds", [math.inf, math.nan, -1.0, 0.0])
 @pytest.mark.parametrize("option", ["limit", "seconds"])
 def test_a_time_that_is_none_is_wrong_usage(option, seconds):
@@ -165,16 +179,73 @@ def test_four_bits_without_their_library_are_wrong_usage(capsys, monkeypatch):
     assert "pip install '.[quantized]'" in capsys.readouterr().err
 
 
-def half_an_answer(_cell, answer):
-    os.write(answer.fileno(), b"\0\0\0\x64 and no more")
-    os.kill(os.getpid(), signal.SIGKILL)
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGKILL, "SIGKILL"), (40, "signal 40")])
+def test_a_cell_killed_in_the_middle_of_its_answer_is_a_row(monkeypatch, number, name):
+    """The pipe then raises OSError, not EOFError; a real-time signal has no name."""
 
+    def half_an_answer(_cell, answer):
+        os.write(answer.fileno(), b"\0\0\0\x64 and no more")
+        os.kill(os.getpid(), number)
 
-def test_a_cell_killed_in_the_middle_of_its_answer_is_a_row(monkeypatch):
-    """The pipe then raises OSError, not EOFError."""
     monkeypatch.setattr(process, "_child", half_an_answer)
 
-    assert process.in_process(Cell(adapter="base"), limit=60) == (None, "killed by SIGKILL")
+    assert process.in_process(Cell(adapter="base"), limit=60) == (None, f"killed by {name}")
+
+
+def test_a_driver_that_hangs_costs_one_number(monkeypatch):
+    """What the cell has measured by then is kept; the driver's count is left out."""
+
+    def hangs(command, **_):
+        raise subprocess.TimeoutExpired(command, 20)
+
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(subprocess, "run", hangs)
+
+    assert clock._driver_bytes() is None
+
+
+def test_what_the_driver_says_is_read(monkeypatch):
+    """In MiB, by process."""
+    lines = f"1, 30\n{os.getpid()}, 512\n"
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, lines)
+    )
+
+    assert clock._driver_bytes() == 512 * 2**20
+
+
+def test_ctrl_c_is_the_parent_s_to_answer(monkeypatch, capfd):
+    """The terminal sends it to the cell, too, which would die of it with a traceback."""
+
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(process, "measure", interrupted)
+    monkeypatch.setattr(
+        registry, "resolve", lambda _: interrupted() or SimpleNamespace(version="1")
+    )
+
+    assert process.in_process(Cell(adapter="base"), limit=60) == (None, "")
+    assert process.versions(["peft"], "cpu") == {"peft": "1"}
+    assert capfd.readouterr().err == ""
+
+
+def test_a_cell_that_is_interrupted_is_not_waited_for(monkeypatch):
+    """It is deaf to Ctrl-C, and goes on."""
+
+    def child(_cell, answer):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        time.sleep(0.2)  # by then the parent waits
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr(process, "_child", child)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        process.in_process(Cell(adapter="base"), limit=60)
+
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_a_method_that_kills_the_process_fails_its_spec_and_the_verdict_is_writt
     merge = next(r for r in verdict.results if r.spec == "merge/same-output")
 
     assert merge.failures[0].kind == "crash"
-    assert merge.failures[0].actual == "the process exited with 9"
+    assert merge.failures[0].actual == "the process ended with exit code 9"
     assert outcomes(verdict)["forward/output-dtype"] == "passed"
 
 
