@@ -105,6 +105,17 @@ def test_a_trend_of_two_runs_says_what_their_comparison_says():
         assert changes == [one for one in told if one[0] != "same"]
 
 
+def test_another_python_rules_out_its_calls_in_a_trend_too():
+    """Where a comparison calls Python's calls incomparable, the trend does not call them worse."""
+    runs = [samples.head("bench", name) for name in ("one", "two")]
+    for run, calls in zip(runs, (100, 110), strict=True):
+        run["counters"] = [{"subject": "peft", "metric": "python_calls", "value": calls}]
+    runs[1]["environment"]["python"]["version"] = "3.12.1"
+
+    (series,) = trace(map(_read, runs)).series
+    assert [change.verdict for change in series.changes] == ["incomparable"]
+
+
 def test_a_row_keeps_its_line_through_a_run_of_two_versions():
     """Before, in and after a run with two versions, the first version's values are one series."""
     row = {"subject": "peft", "metric": "flops", "unit": "FLOP"}

@@ -78,6 +78,11 @@ def ruled_out(found: tuple[Key, ...]) -> dict[str, Key]:
     return reasons
 
 
+def bars(barred: Mapping[str, Key], name: str, metric: str) -> Key | None:
+    """The key that rules out a cost, by its section and metric."""
+    return barred.get(name) or (barred.get("calls") if metric == "python_calls" else None)
+
+
 _MACHINE = ("memory", "timing")
 _RULES_OUT: dict[str, tuple[str, ...]] = {
     "kind": ALL,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UsageError
-from harness.report.comparable import Key, keys, ruled_out
+from harness.report.comparable import Key, bars, keys, ruled_out
 from harness.report.history import group, load
 from harness.report.results import judge_spec, results_by_id
 from harness.report.rows import (
@@ -163,12 +163,11 @@ def _cost_rows(
     left = rows_by_identity(old[section], versions=versions)
     right = rows_by_identity(new[section], versions=versions)
     for key in dict.fromkeys([*left, *right]):
-        metric = key[2]
         yield cost_row(
             name,
             left.get(key),
             right.get(key),
-            barred=barred.get(name) or (barred.get("calls") if metric == "python_calls" else None),
+            barred=bars(barred, name, key[2]),
             finished=bool(new["finished"]),
             run=old,
         )
