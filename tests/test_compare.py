@@ -88,6 +88,46 @@ def test_a_spec_that_still_fails_is_judged_by_its_cases(before, after, verdict, 
     assert judged("failed", "known")[0] == verdict
 
 
+@pytest.mark.parametrize("changed", ["seed=1", "device=cuda", "device=cuda:0,seed=3"])
+def test_another_seed_or_device_makes_no_further_case(changed):
+    """Seed and device are the run's: the same fault found with others is no worse."""
+    result = lambda *cases: {  # noqa: E731
+        "outcome": "failed",
+        "failures": [samples.failure(case=case) for case in cases],
+    }
+    ways = [f"specimen=linear,dtype=float32,way=train, {way}" for way in ("seeded", "frozen")]
+    old, new = result(*ways), result(*(f"{way},{changed}" for way in ways))
+
+    assert judge_spec(old, new, finished=True) == ("same", "still fails")
+    assert judge_spec(result(ways[0], f"{ways[0]},seed=1"), new, finished=True)[0] == "worse"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict", "why"),
+    [
+        ((5, {"a": "value"}), (5, {"a": "raised"}), "inconclusive", "in another way on 1 case: value → raised"),
+        ((5, {"a": "value"}), (1, {"a": "crash"}), "worse", "now with a crash"),
+        ((5, {"a": "value", "e": "value"}), (1, {"a": "crash"}), "worse", "now with a crash"),
+        ((1, {"a": "crash"}), (1, {"a": "crash"}), "same", ""),
+        ((1, {"a": "crash"}), (5, {"a": "value"}), "better", "no longer with a crash"),
+        ((1, {"a": "hang"}), (5, {"c": "value"}), "inconclusive", "on 1 further case; the old run ended in a hang before"),
+        ((3, {"c": "crash"}), (1, {"a": "crash"}), "worse", "on 1 further case"),
+        ((5, {"a": "value", "e": "value"}), (3, {"a": "value"}), "removed", None),
+    ],
+)  # fmt: skip
+def test_how_a_spec_fails_is_told_and_what_a_crash_hid_is_no_news(before, after, verdict, why):
+    """Another kind of failure is no further case, nor is what was not reached before a crash was mended."""
+    result = lambda cases, failures: {  # noqa: E731
+        "outcome": "failed",
+        "cases": cases,
+        "failures": [samples.failure(case=case, kind=kind) for case, kind in failures.items()],
+    }
+    told = judge_spec(result(*before), result(*after), finished=True)
+
+    fails = ", ".join(part for part in ("still fails", why) if part)
+    assert told == (verdict, "judged on 3 of 5 cases" if why is None else fails)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "verdict", "why"),
     [
