@@ -33,7 +33,8 @@ def judge_spec(
     """A spec's verdict and the reason, from its result in both reports.
 
     A spec that is no longer judged is `removed`, whatever the way: gone, not run, no longer claimed,
-    or on fewer cases. One whose prerequisite fails is inconclusive: the prerequisite is the news.
+    or on fewer cases. One whose prerequisite fails is inconclusive: the prerequisite is the news. So is
+    one that is newly claimed and was not judged.
     """
     if after is None:
         if not finished:
@@ -47,10 +48,12 @@ def judge_spec(
     if now == "failed" and then != "failed":
         return "worse", change
     if now not in JUDGED:
-        if then not in JUDGED:
-            return "same", change if now != then else outcome(now)
         reason = plain(after.get("reason") or "", limit=160)
         told = f"{change}: {reason}" if reason else change
+        if then == "not_claimed" != now:
+            return "inconclusive", told
+        if then not in JUDGED:
+            return "same", change if now != then else outcome(now)
         return ("inconclusive", told) if now == "blocked" else ("removed", told)
     if then not in JUDGED:
         return "added", change
@@ -135,8 +138,8 @@ def _end(kinds: Mapping[Any, str]) -> str:
 def _judged_cases(
     before: Mapping[str, Any], after: Mapping[str, Any], otherwise: str
 ) -> tuple[Verdict, str]:
-    fewer = _fewer(before, after)
-    return ("removed", fewer) if fewer else ("same", otherwise)
+    gone = _fewer(before, after) or _exchanged(before, after)
+    return ("removed", gone) if gone else ("same", otherwise)
 
 
 def _fewer(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -145,3 +148,22 @@ def _fewer(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     if then is None or now is None or now >= then:
         return ""
     return f"judged on {now:,} of {plural(then, 'case')}"
+
+
+def _exchanged(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What is no longer judged and has another in its place, in words: `no longer judged at dtype=bfloat16`.
+
+    A report names the cases that have a margin or a failure. One may come and go with how an
+    implementation answers; another dtype or kind of layer is another question.
+    """
+    for field in ("dtype=", "specimen="):
+        then, now = _values(before, field), _values(after, field)
+        if now - then and (gone := sorted(then - now)):
+            return f"no longer judged at {', '.join(gone)}"
+    return ""
+
+
+def _values(result: Mapping[str, Any], field: str) -> set[str]:
+    told = [*(result.get("margins") or ()), *(result.get("failures") or ())]
+    parts = (part for one in told for part in _FIELD.split(compact(one.get("case"))))
+    return {plain(part, limit=60) for part in parts if part.startswith(field)}
