@@ -630,6 +630,24 @@ def test_another_device_and_dtype_are_told():
     assert found.counts["incomparable"] == 0
 
 
+def test_another_recipe_is_told_setting_by_setting():
+    """Two fine-tunings with other learning rates differ in that, and in nothing that is ruled out."""
+    old, new = samples.finetune("old"), samples.finetune("new")
+    new["recipe"]["training_config"]["learning_rate"] = 1e-3
+    del new["recipe"]["peft_config"]["lora_alpha"]
+    new["recipe"]["name"] = "mine"
+
+    found = compare(whole(old), whole(new))
+    assert [key.as_dict() for key in found.keys if not key.same] == [
+        {"name": name, "old": old, "new": new, "same": False, "rules_out": []}
+        for name, old, new in (
+            ("recipe name", "quick", "mine"),
+            ("training_config.learning_rate", "0.0002", "0.001"),
+            ("peft_config.lora_alpha", "32", "–"),
+        )
+    ]
+
+
 def test_the_same_run_twice_is_refused(tmp_path, capsys):
     """A file against itself, or against its copy, is no comparison."""
     (path,) = samples.write(tmp_path, samples.check())

@@ -4,7 +4,8 @@ kind, model ............ a difference rules out every row
 adapter ................ the specs: two implementations are not one that changed
 machine, GPU ........... memory and wall time
 Python ................. Python calls: 3.12 enters no function for a comprehension, 3.11 did
-threads, versions ...... nothing: what changed is what a comparison is for, and it is told
+threads, versions,
+seed, device, recipe ... nothing: what changed is what a comparison is for, and it is told
 """
 
 from __future__ import annotations
@@ -132,6 +133,13 @@ def facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, library in (environment.get("libraries") or {}).items():
         yield plain(name, limit=60), _library(library or {})
     yield "harness", _library(environment.get("harness") or {})
+    for table, settings in (report.get("recipe") or {}).items():
+        # Under the name that `--set` takes.
+        if isinstance(settings, dict):
+            for name, value in settings.items():
+                yield plain(f"{table}.{name}", limit=60), _word(value)
+        else:
+            yield plain(f"recipe {table}", limit=60), _word(settings)
 
 
 def _threads(threads: Mapping[str, Any]) -> str:
