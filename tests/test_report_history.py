@@ -167,6 +167,19 @@ def test_a_folder_of_several_series_shows_each(tmp_path, capsys):
     assert "loralib 0.1.2 tiny, 2026-01-04 03:00: 3 runs" in page.read_text()
 
 
+@pytest.mark.parametrize(
+    "other", [{"tier": "full"}, {"device": "cuda"}, {"dtype": "float32"}, {"model": "mini-4k"}]
+)
+def test_runs_that_were_asked_other_things_are_not_one_series(other, tmp_path, capsys):
+    """A full run in a folder of core ones is compared with full ones, and one on a card with such."""
+    asked = {"tier": "core", "device": "cpu", "dtype": None}
+    for day, changes in enumerate(({}, other, {}, other)):
+        samples.write(tmp_path, samples.check(f"day-{day}", **asked | changes))
+
+    assert main(["compare", str(tmp_path)]) == 0
+    assert "runs; where rows changed" not in capsys.readouterr().out
+
+
 def test_an_empty_folder_is_told(tmp_path, capsys):
     """A folder without reports says so."""
     assert main(["report", str(tmp_path)]) == 2
