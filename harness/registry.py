@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.adapter import FEATURE_METHODS, REQUIRED_METHODS, Adapter, Capabilities
 from harness.errors import UsageError
+from harness.failure import line
+from harness.report.words import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,7 +125,7 @@ def _call(spec: str, module_name: str, attribute: str) -> Any:
         ) from None
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a stranger's module raises
         raise UsageError(
-            f"adapter {spec!r}: importing {module_name} raised {_line(error)}"
+            f"adapter {spec!r}: importing {module_name} raised {line(error)}"
         ) from None
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -141,7 +143,7 @@ def _call(spec: str, module_name: str, attribute: str) -> Any:
     try:
         return found()
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a stranger's factory raises
-        raise UsageError(f"adapter {spec!r}: the factory raised {_line(error)}") from None
+        raise UsageError(f"adapter {spec!r}: the factory raised {line(error)}") from None
 
 
 def _entry_points() -> dict[str, EntryPoint]:
@@ -156,11 +158,5 @@ def _wrong(spec: str, what: str) -> UsageError:
 def _told(adapter: Any, member: str) -> str:
     if not hasattr(adapter, member):
         return "missing"
-    text = " ".join(repr(getattr(adapter, member)).split())
+    text = plain(repr(getattr(adapter, member)))
     return text if len(text) <= 60 else f"a {type(getattr(adapter, member)).__name__}"
-
-
-def _line(error: BaseException) -> str:
-    """An exception in one line: its type and what it said."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__

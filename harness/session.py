@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
 from harness.errors import UsageError
+from harness.report.words import plain
 
 if TYPE_CHECKING:
     from harness.adapter import Adapter
@@ -87,7 +88,7 @@ class Spawned:
         code = self.process.wait()
         self.errors.seek(0)
         said = [line.strip() for line in self.errors.read().splitlines() if line.strip()]
-        return _ending(code) + (f"; its last words: {said[-1][:200]}" if said else "")
+        return _ending(code) + (f"; its last words: {plain(said[-1], limit=200)}" if said else "")
 
 
 class Forked:
@@ -200,7 +201,7 @@ class Session:
         self._met = False
         self._ended = False
         self.named = isinstance(adapter, str)
-        self.spelling = adapter if isinstance(adapter, str) else f"<{adapter.name}>"
+        self.spelling = adapter if isinstance(adapter, str) else f"<{plain(adapter.name)}>"
         """How a command names the implementation."""
 
     def __enter__(self) -> Self:
@@ -240,7 +241,7 @@ class Session:
         answer: dict[str, Any] = json.loads(line)
         if "usage" in answer:
             self.close()
-            raise UsageError(answer["usage"])
+            raise UsageError(plain(answer["usage"], limit=1000))
         return answer
 
     def _imported(self) -> dict[str, Any] | Lost:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.failure import Failure
 from harness.judge import Judge, Points, Result
-from harness.report.words import OUTCOMES
+from harness.report.words import OUTCOMES, plain
 from harness.session import Session
 from harness.verdict import Verdict, summary
 
@@ -41,7 +41,7 @@ class Tally:
         """
         key = _key(adapter)
         if key not in self._called:
-            name = adapter if isinstance(adapter, str) else adapter.name
+            name = adapter if isinstance(adapter, str) else plain(adapter.name)
             number = 1
             while (told := name if number == 1 else f"{name} #{number}") in self._called.values():
                 number += 1

@@ -11,7 +11,7 @@ import pytest
 
 from harness import Capabilities, UsageError, check
 from harness.case import Case
-from harness.failure import Failure
+from harness.failure import Failure, raised
 from harness.faults.initialization import gives_a_convolution_a_bias
 from harness.judge import Result
 from harness.reach import EVERY_KIND, kind_of, reach
@@ -55,6 +55,29 @@ def test_inject_that_raises_is_one_failure_and_the_rest_blocked():
     assert "strangers.py" in failed[0].failures[0].where
     assert set(outcomes(verdict).values()) == {"failed", "blocked"}
     assert verdict.exit_code == 1
+
+
+def test_what_an_implementation_says_is_not_the_terminals():
+    """Neither its name nor its exceptions clear the screen or forge a verdict."""
+    verdict = check(stranger("writes_to_the_terminal"), only=["targeting/exact-coverage"])
+    lines = tell(verdict).splitlines()
+
+    assert lines[0].startswith("acme CONFORMS: 9 of 9 [31m 1 2, core tier")
+    assert [line for line in lines if line.startswith("CONFORMS")] == []
+    assert "RuntimeError: [2J gone back" in tell(verdict)
+    assert all(line.isprintable() for line in lines)
+    assert all(line.isprintable() for line in verdict.adapter.values())
+
+
+def test_an_exception_that_cannot_be_told_is_told_by_its_type():
+    """The line it came from counts, and the process lives."""
+    try:
+        stranger("writes_to_the_terminal").merge()
+    except Exception as error:  # noqa: BLE001  # whatever it is
+        record = raised(error).record(case="", reproduce="")
+
+    assert record.actual == "MuteError: (its message raised ValueError)"
+    assert "strangers.py" in record.where
 
 
 def test_what_fails_for_convolutions_alone_blocks_convolutions_alone():
@@ -183,6 +206,7 @@ def test_a_verdict_that_judged_nothing_is_not_green():
         ("strangers:absent", "absent"),
         ("strangers:ready_made", "ready_made"),
         ("strangers:raises_when_made", "OSError: no licence file"),
+        ("strangers:refuses_at_length", "factory raised OSError: [2Jzzzz"),
         ("strangers:not_an_adapter", "`name` is missing"),
         ("nobody", "nobody"),
     ],
@@ -199,6 +223,7 @@ def test_a_factory_that_gives_no_adapter_is_one_line_and_exit_2(adapter, line, r
 
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
+    assert len(done.stderr) < 1000
     assert line in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
 
