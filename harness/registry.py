@@ -57,7 +57,7 @@ def resolve(spec: str) -> Adapter:
 def check(adapter: Any, spec: str) -> Adapter:
     """The same adapter; raises UsageError on the first member that is not as the contract has it."""
     if isinstance(adapter, type):
-        raise _wrong(spec, f"returned the class {adapter.__name__}; return an instance of it")
+        raise _wrong(spec, f"is the class {adapter.__name__}; it must be an instance of it")
     for member in ("name", "version"):
         value = getattr(adapter, member, None)
         if not isinstance(value, str) or not value:

@@ -14,6 +14,7 @@ import threading
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
+from harness import registry
 from harness.errors import UsageError
 from harness.report.words import plain
 
@@ -201,6 +202,8 @@ class Session:
         self._met = False
         self._ended = False
         self.named = isinstance(adapter, str)
+        if not isinstance(adapter, str):
+            registry.check(adapter, str(getattr(adapter, "name", type(adapter).__name__)))
         self.spelling = adapter if isinstance(adapter, str) else f"<{plain(adapter.name)}>"
         """How a command names the implementation."""
 

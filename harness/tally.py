@@ -41,7 +41,7 @@ class Tally:
         """
         key = _key(adapter)
         if key not in self._called:
-            name = adapter if isinstance(adapter, str) else plain(adapter.name)
+            name = adapter if isinstance(adapter, str) else plain(getattr(adapter, "name", adapter))
             number = 1
             while (told := name if number == 1 else f"{name} #{number}") in self._called.values():
                 number += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from harness import Capabilities, UsageError, check
+from harness.adapters import reference
 from harness.case import Case
 from harness.failure import Failure, raised
 from harness.faults.initialization import gives_a_convolution_a_bias
@@ -232,6 +234,26 @@ def test_a_name_that_matches_no_spec_is_a_usage_error():
     """`--only` says what was meant."""
     with pytest.raises(UsageError, match="did you mean merge/same-output"):
         check("reference", only=["merge/same-outputs"])
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"adapter": reference}, "adapter 'module': `name` is missing; it must be a string"),
+        ({"adapter": reference.adapter}, "adapter 'function': `name` is missing"),
+        ({"adapter": None}, "adapter 'NoneType': `name` is missing"),
+        ({"adapter": Result}, "is the class Result; it must be an instance of it"),
+        ({"tier": "all"}, "--tier all: no such tier; give smoke, core, full"),
+        ({"known": "nowhere.toml"}, "known failures nowhere.toml: No such file"),
+        ({"only": "forward/scalign"}, "--only forward/scalign: no spec"),
+    ],
+)
+def test_what_python_is_given_wrong_is_one_line_too(given, line):
+    """No traceback, and no verdict on what is no adapter."""
+    asked = {"adapter": stranger("correct"), "only": ["forward/scaling"], **given}
+
+    with pytest.raises(UsageError, match=re.escape(line)):
+        check(**asked)
 
 
 def test_a_known_failure_is_named_and_never_conformance(tmp_path):
