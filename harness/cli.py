@@ -29,8 +29,12 @@ INTERRUPTED, UNREAD = 130, 141
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Usage errors are one line and exit 2."""
-    _write_what_can_be_written()
     name = "lora-harness"
+    if sys.stdout is None:
+        # The next file that is opened would be standard output, and be written into.
+        print(f"{name}: standard output is closed; send it elsewhere", file=sys.stderr)
+        return 2
+    _write_what_can_be_written()
     try:
         try:
             args = parser().parse_args(argv)

@@ -106,15 +106,17 @@ class Broken(Exception):  # noqa: N818  # it says that a property is broken, not
         """The numbers that should have been found."""
 
     def record(self, *, case: str, reproduce: str) -> Failure:
-        """The record, once the case and its command are known."""
+        """The record, once the case and its command are known; a terminal can show what is in it."""
+        from harness.report.words import plain
+
         return Failure(
             kind=self.kind,
             case=case,
-            expected=self.expected,
-            actual=self.actual,
+            expected=plain(self.expected, limit=2000),
+            actual=plain(self.actual, limit=2000),
             measured=self.measured,
             allowed=self.allowed,
-            where=self.where,
+            where=plain(self.where),
             reproduce=reproduce,
         )
 
@@ -167,13 +169,18 @@ def raised(error: BaseException, *, expected: str = "no exception") -> Broken:
     where = f"{_short(frame.filename)}:{frame.lineno} in {frame.name}" if frame else ""
     if frame and not theirs:
         where += ", a line of the harness, on what the implementation gave it"
-    text = " ".join(str(error).split())
-    return Broken(
-        "raised",
-        expected=expected,
-        actual=f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__,
-        where=where,
-    )
+    return Broken("raised", expected=expected, actual=line(error), where=where)
+
+
+def line(error: BaseException) -> str:
+    """A stranger's exception in one line that a terminal can show: its type and what it says."""
+    from harness.report.words import plain
+
+    try:
+        said = str(error)
+    except Exception as second:  # noqa: BLE001  # it may be as broken as the rest
+        said = f"(its message raised {type(second).__name__})"
+    return plain(f"{type(error).__name__}: {said}" if said.strip() else type(error).__name__)
 
 
 def of_the_harness(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ from harness.case import LAYER_SPECIMENS, Case
 from harness.errors import UsageError
 from harness.failure import Failure
 from harness.reach import kind_of, reach
+from harness.report.words import plain
 from harness.session import Lost
 from harness.spec import Spec, catalogue
 
@@ -134,8 +135,7 @@ class Judge:
         if device not in here:
             option = "--case: device" if only else "--device"
             raise UsageError(f"{option} {device}: not here; have {', '.join(here)}")
-        self.name: str = described["name"]
-        self.version: str = described["version"]
+        self.name, self.version = plain(described["name"]), plain(described["version"])
         self.methods: list[str] = described["methods"]
         self.claims: dict[str, list[str]] = described["capabilities"]
         self.known: list[Known] = []
@@ -241,9 +241,10 @@ class Judge:
             self._take(item, answer, result)
 
     def _take(self, item: Spec, answer: dict[str, Any], result: Result) -> None:
-        result.notes += [note for note in answer["notes"] if note not in result.notes]
+        notes = [plain(note) for note in answer["notes"]]
+        result.notes += [note for note in notes if note not in result.notes]
         if answer.get("not_run"):
-            result.notes.append(answer["not_run"])
+            result.notes.append(plain(answer["not_run"]))
         if answer["margin"] is not None:
             result.margins[answer["case"]] = answer["margin"]
         if answer["failure"]:

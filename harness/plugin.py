@@ -33,7 +33,6 @@ from harness.options import (
 )
 from harness.spec import SPEC_VERSION, TIERS, select
 from harness.spec_case import ACTIVE, STATE, SpecCase, Specs, State, case_of, parametrize_with_specs
-from harness.tally import spelled
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
@@ -107,7 +106,8 @@ def pytest_report_collectionfinish(
     config: pytest.Config, items: Sequence[pytest.Item]
 ) -> list[str]:
     """Say what is on trial where the project's own tests hold specs."""
-    adapters = {spelled(case.adapter): case.adapter for item in items if (case := case_of(item))}
+    called = config.stash[STATE].tally.called
+    adapters = {called(case.adapter): case.adapter for item in items if (case := case_of(item))}
     if not adapters or given(config, "--adapter") or config.option.collectonly:
         return []
     return _header(config, adapters.values(), [])
@@ -124,7 +124,7 @@ def _header(
     with usage_errors():
         for adapter in adapters:
             tally.judge(adapter, tier_of(config))
-            on_trial.append(tally.told(spelled(adapter)))
+            on_trial.append(tally.told(tally.called(adapter)))
     libraries = environment.collect().get("libraries", {})
     names = ("torch", "transformers", "peft", "loralib", "trl")
     versions = [f"{name} {libraries[name]['version']}" for name in names if libraries.get(name)]
@@ -164,6 +164,7 @@ def pytest_collection_modifyitems(
     for item in items:
         if case := case_of(item):
             item.user_properties.append(("spec", case.spec.id))
+            config.stash[STATE].tally.called(case.adapter)
 
 
 # -- the session -----------------------------------------------------------------------------------

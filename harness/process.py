@@ -8,6 +8,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from harness.report.words import plain
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -72,7 +74,7 @@ def last_words(errors: IO[str]) -> str:
     """The last line of what a process wrote to a file, as the end of a sentence; "" where there is none."""
     errors.seek(0)
     said = [line.strip() for line in errors.read().splitlines() if line.strip()]
-    return f"; its last words: {said[-1][:200]}" if said else ""
+    return f"; its last words: {plain(said[-1], limit=200)}" if said else ""
 
 
 def ending(code: int) -> str:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.adapter import FEATURE_METHODS, REQUIRED_METHODS, Adapter, Capabilities
 from harness.errors import UsageError
+from harness.failure import line
+from harness.report.words import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +57,7 @@ def resolve(spec: str) -> Adapter:
 def check(adapter: Any, spec: str) -> Adapter:
     """The same adapter; raises UsageError on the first member that is not as the contract has it."""
     if isinstance(adapter, type):
-        raise _wrong(spec, f"returned the class {adapter.__name__}; return an instance of it")
+        raise _wrong(spec, f"is the class {adapter.__name__}; it must be an instance of it")
     for member in ("name", "version"):
         value = _member(adapter, member, spec)
         if not isinstance(value, str) or not value:
@@ -131,7 +133,7 @@ def _call(spec: str, module_name: str, attribute: str) -> Any:
         ) from None
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a stranger's module raises
         raise UsageError(
-            f"adapter {spec!r}: importing {module_name} raised {_line(error)}"
+            f"adapter {spec!r}: importing {module_name} raised {line(error)}"
         ) from None
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -149,7 +151,7 @@ def _call(spec: str, module_name: str, attribute: str) -> Any:
     try:
         return found()
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a stranger's factory raises
-        raise UsageError(f"adapter {spec!r}: the factory raised {_line(error)}") from None
+        raise UsageError(f"adapter {spec!r}: the factory raised {line(error)}") from None
 
 
 def _entry_points() -> dict[str, EntryPoint]:
@@ -164,11 +166,5 @@ def _wrong(spec: str, what: str) -> UsageError:
 def _told(adapter: Any, member: str) -> str:
     if not hasattr(adapter, member):
         return "missing"
-    text = " ".join(repr(getattr(adapter, member)).split())
+    text = plain(repr(getattr(adapter, member)))
     return text if len(text) <= 60 else f"a {type(getattr(adapter, member)).__name__}"
-
-
-def _line(error: BaseException) -> str:
-    """An exception in one line: its type and what it said."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__

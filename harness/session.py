@@ -14,6 +14,7 @@ import threading
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
+from harness import registry
 from harness.errors import UsageError
 from harness.process import ending, last_words
 
@@ -209,7 +210,9 @@ class Session:
         self._met = False
         self._ended = False
         self.named = isinstance(adapter, str)
-        self.spelling = adapter if isinstance(adapter, str) else f"<{adapter.name}>"
+        if not isinstance(adapter, str):
+            registry.check(adapter, str(getattr(adapter, "name", type(adapter).__name__)))
+        self.spelling = adapter if isinstance(adapter, str) else f"<{plain(adapter.name)}>"
         """How a command names the implementation."""
 
     def __enter__(self) -> Self:
@@ -249,7 +252,7 @@ class Session:
         answer: dict[str, Any] = json.loads(line)
         if "usage" in answer:
             self.close()
-            raise UsageError(answer["usage"])
+            raise UsageError(plain(answer["usage"], limit=1000))
         return answer
 
     def _imported(self) -> dict[str, Any] | Lost:

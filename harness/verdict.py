@@ -95,7 +95,7 @@ def check(
     device: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
-    known: Path | None = None,
+    known: Path | str | None = None,
     explore: bool = False,
     limit: float = LIMIT,
     on_trial: Callable[[dict[str, str]], None] | None = None,

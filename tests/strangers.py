@@ -74,6 +74,28 @@ def says_wrong_usage():
     return Wrapped(inject=inject)
 
 
+def writes_to_the_terminal():
+    """In its name, in what it raises, and by an exception that raises when it is asked."""
+
+    class MuteError(Exception):
+        def __str__(self):
+            raise ValueError
+
+    def inject(_, model, config):
+        raise RuntimeError("\x1b[2J\x07gone \u202eback")
+
+    def merge(*_):
+        raise MuteError
+
+    adapter = Wrapped(inject=inject, merge=merge)
+    adapter.name, adapter.version = "acme\nCONFORMS: 9 of 9\x1b[31m", "1\n2"
+    return adapter
+
+
+def refuses_at_length():
+    raise OSError("\x1b[2J" + "z" * 200_000)
+
+
 def saves_nothing():
     return Wrapped(state_dict=lambda *_: None)
 

@@ -154,6 +154,15 @@ def test_output_that_cannot_be_written_is_one_line(command):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_an_output_that_is_closed_is_one_line():
+    """`>&-`, as a job without a terminal may have it."""
+    command = f"{sys.executable} -m harness.cli list >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert done.stderr == "lora-harness: standard output is closed; send it elsewhere\n"
+
+
 def test_check_writes_a_report_that_compares_with_itself(tmp_path):
     """What `check --json` writes, `compare` reads: nothing differs from itself."""
     old, new = tmp_path / "old.json", tmp_path / "new.json"

@@ -229,7 +229,7 @@ def test_a_claim_without_its_method_is_named():
 
 def test_a_class_is_not_an_adapter():
     """A factory that returns the class it should have called is told so."""
-    with pytest.raises(UsageError, match="returned the class Whole; return an instance of it"):
+    with pytest.raises(UsageError, match="is the class Whole; it must be an instance of it"):
         registry.check(Whole, "x")
 
 
