@@ -79,7 +79,7 @@ def _member(adapter: Any, member: str, spec: str) -> Any:
     try:
         return getattr(adapter, member, None)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a stranger's property raises
-        raise _wrong(spec, f"`{member}` raised {_line(error)}") from None
+        raise _wrong(spec, f"`{member}` raised {line(error)}") from None
 
 
 def _check_method(adapter: Any, method: str, spec: str, why: str) -> None:

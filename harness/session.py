@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 from harness import registry
 from harness.errors import UsageError
 from harness.process import ending, last_words
+from harness.report.words import plain
 
 if TYPE_CHECKING:
     from harness.adapter import Adapter
