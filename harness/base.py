@@ -88,13 +88,14 @@ def _quantized(
         ),
     )
     try:
-        model: Phi3ForCausalLM = Phi3ForCausalLM.from_pretrained(
-            source,
-            quantization_config=quantization,
-            device_map={"": options["device"]},
-            dtype=getattr(torch, options["dtype"]),
-            attn_implementation=options["attn_implementation"],
-        )
+        with phi3.without_bars():
+            model: Phi3ForCausalLM = Phi3ForCausalLM.from_pretrained(
+                source,
+                quantization_config=quantization,
+                device_map={"": options["device"]},
+                dtype=getattr(torch, options["dtype"]),
+                attn_implementation=options["attn_implementation"],
+            )
     except (OSError, ImportError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"model {source}: cannot be loaded in 4 bits ({first_line(error)})"

@@ -332,12 +332,24 @@ def _quietly() -> Iterator[None]:
     """Without transformers' progress bars and load reports, which are told as errors instead."""
     from transformers.utils import logging
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
+    try:
+        with without_bars():
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' progress bars."""
+    from transformers.utils import logging
+
+    bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()

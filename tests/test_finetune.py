@@ -286,6 +286,19 @@ def test_evaluating_a_4_bit_base_leaves_its_gradients_whole():
     assert x.grad.any()
 
 
+def test_a_4_bit_base_is_loaded_without_a_progress_bar(capfd):
+    """In a bench it would stand between the cells."""
+    pytest.importorskip("bitsandbytes")
+    from harness import base
+
+    asked = recipe.load("qlora-notebook", ["model.name=tiny", "model.device=cpu"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base.load(asked.model)
+
+    assert "Loading" not in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_model_cards_recipe_runs_on_a_cpu(report):
     """Mixed precision and packing: the proofs are of the plain model; too low a rate is said, not failed."""
