@@ -37,6 +37,7 @@ RUNS = ("check", "bench", "finetune", "plan")
 COMPLETE = "complete"
 """The file that says that an environment was made to the end, and what clashes in it."""
 
+_BETWEEN = re.compile(r",(?!\s*[<>=!~])(?![^\[\]]*\])")
 _CLASH = re.compile(r" requires .*, but you have ")
 
 
@@ -82,7 +83,11 @@ def command(args: argparse.Namespace) -> int:
         raise UsageError(
             f"matrix: after -- comes the command to run in each leg, one of {', '.join(RUNS)}"
         )
-    wanted = [tuple(shlex.split(leg.replace(",", " "))) for leg in args.leg]
+    if any(len(word) > 2 and "--json".startswith(word.partition("=")[0]) for word in run):
+        raise UsageError(
+            "matrix: --json after -- would be one file for all legs; give it before --, and it holds each"
+        )
+    wanted = [_requirements(leg) for leg in args.leg]
     if len(wanted) < 2:
         raise UsageError("matrix: give at least two legs, such as --leg here --leg peft==0.8.2")
     folder = args.environments or kept()
@@ -110,6 +115,16 @@ def command(args: argparse.Namespace) -> int:
     elif all(leg.report for leg in legs):
         print("\nno spec differs between the legs")
     return max((leg.exit_code for leg in legs), key=[0, 3, 1, 2].index)
+
+
+def _requirements(leg: str) -> tuple[str, ...]:
+    """The requirements of one `--leg`; a comma in a range of versions or among extras parts nothing."""
+    try:
+        return tuple(shlex.split(_BETWEEN.sub(" ", leg)))
+    except ValueError as error:
+        raise UsageError(
+            f"--leg {leg!r}: {str(error).lower()}; give it as --leg 'peft==0.13.2,transformers==4.46.1'"
+        ) from None
 
 
 def _require_folder(folder: Path) -> None:
