@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.console import table, wrapped
 from harness.errors import UsageError, first_line
+from harness.report.rows import SECTIONS, cost_row, rows_by_identity, told
+from harness.report.terminal import SCREENFUL
 from harness.telling import MARKS
 
 if TYPE_CHECKING:
@@ -106,15 +108,32 @@ def command(args: argparse.Namespace) -> int:
                 print(f"  {clash}: add one to the leg that goes with the rest", flush=True)
             legs.append(leg)
             report.set("legs", [leg.as_dict() for leg in legs])
-    rows = differences(legs)
-    if rows:
-        print(f"\n{table(rows, ['differs', *(leg.name for leg in legs)])}")
-        for leg in legs:
-            if found := failures(leg, [row[0] for row in rows]):
-                print("\n".join(["", leg.name, *found]))
-    elif all(leg.report for leg in legs):
-        print("\nno spec differs between the legs")
+    _show(legs)
     return max((leg.exit_code for leg in legs), key=[0, 3, 1, 2].index)
+
+
+def _show(legs: Sequence[Leg]) -> None:
+    """What differs: specs, with what fails, and counted costs; and what was looked at and does not."""
+    heads = [leg.name for leg in legs]
+    specs, costs = differences(legs), costs_apart(legs)
+    if specs:
+        print(f"\n{table(specs, ['differs', *heads])}")
+        for leg in legs:
+            if found := failures(leg, [row[0] for row in specs]):
+                print("\n".join(["", leg.name, *found]))
+    if costs:
+        print(f"\n{table(costs[:SCREENFUL], ['costs', 'where', *heads])}")
+        if len(costs) > SCREENFUL:
+            print(f"… and {len(costs) - SCREENFUL:,} more; --json has them all")
+    if not all(leg.report for leg in legs):
+        return
+    sections = {name for leg in legs for name, held in leg.report.items() if held}
+    if "results" in sections and not specs:
+        print("\nno spec differs between the legs")
+    if sections & {"counters", "memory"} and not costs:
+        print("\nno counted cost differs between the legs")
+    if not sections & {"results", "counters", "memory"}:
+        print("\nno leg judged a spec or counted a cost")
 
 
 def _requirements(leg: str) -> tuple[str, ...]:
@@ -236,6 +255,22 @@ def differences(legs: Sequence[Leg]) -> list[tuple[str, ...]]:
         for id_ in ids
         if len({o.get(id_) for o in outcomes}) > 1
     ]
+
+
+def costs_apart(legs: Sequence[Leg]) -> list[tuple[str, ...]]:
+    """The counted costs that are not the same in every leg that has a report, a value a leg."""
+    found = []
+    for section in ("counters", "memory"):
+        name = SECTIONS[section]
+        held = [rows_by_identity(leg.report.get(section, [])) for leg in legs]
+        for key in dict.fromkeys(key for one in held for key in one):
+            ours = [one.get(key) for one in held]
+            first = next(one for one in ours if one)
+            rows = [cost_row(name, first, one) for one in ours]
+            moved = [row.verdict not in {"same", None} for row in rows]
+            if any(one and leg.report for one, leg in zip(moved, legs, strict=True)):
+                found.append((rows[0].name, rows[0].where, *(told(row, row.new) for row in rows)))
+    return found
 
 
 def failures(leg: Leg, ids: Sequence[str]) -> list[str]:

@@ -59,6 +59,44 @@ def test_what_fails_in_one_leg_is_told_below_the_table(tmp_path, monkeypatch, ca
     assert told == ("peft==0.8.2\n  ✗ merge/idempotent: expected ΔW of linear; actual 0.25\n")
 
 
+def _cost(value, **changes):
+    row = {"subject": "peft", "phase": "inject", "metric": "flops", "value": value, "unit": "FLOP"}
+    return row | changes
+
+
+@pytest.mark.parametrize(
+    ("reports", "told"),
+    [
+        (
+            (
+                {"counters": [_cost(7), _cost(100, conditions={"r": 8}, version="0.21.2")]},
+                {"counters": [_cost(7), _cost(104, conditions={"r": 8}, version="0.8.2")]},
+            ),
+            ["costs              where      here  peft==0.8.2",
+             "─────────────────  ─────  ────────  ───────────",
+             "peft inject flops  r=8    100 FLOP     104 FLOP"],
+        ),
+        (
+            ({"memory": [_cost(7, exact=False)]}, {"memory": [_cost(8, exact=False)]}),
+            ["no counted cost differs between the legs"],
+        ),
+        (({"results": [{"spec": "a/b", "outcome": "passed"}]},) * 2, ["no spec differs between the legs"]),
+        (({"timings": [_cost(7)]}, {"timings": [_cost(8)]}), ["no leg judged a spec or counted a cost"]),
+        (({"counters": [_cost(7)]}, {}), []),
+    ],
+)  # fmt: skip
+def test_what_a_bench_counts_is_set_side_by_side(tmp_path, monkeypatch, capsys, reports, told):
+    """A cost that is another in one leg is shown; what nobody judged or counted is not called equal."""
+
+    def leg(asked, *_):
+        return matrix.Leg(requirements=asked, exit_code=0, report=reports[bool(asked)])
+
+    monkeypatch.setattr(matrix, "run_leg", leg)
+    main(["matrix", "--environments", str(tmp_path), *RUN[:-2], "bench"])
+
+    assert capsys.readouterr().out.splitlines()[3:] == told
+
+
 @pytest.mark.parametrize(
     ("leg", "requirements"),
     [
