@@ -164,7 +164,6 @@ def test_a_spec_judged_on_fewer_cases_is_removed():
         (("linear", "bfloat16"), ("linear", "float16"), "no longer judged at dtype=bfloat16"),
         (("conv2d", "float32"), ("embedding", "float32"), "no longer judged at specimen=conv2d"),
         (("linear", "float32,seed=1"), ("linear", "float32,seed=2"), ""),
-        (("conv2d", "float32"), ("linear", "float32"), ""),  # at conv2d it raised, say: no margin
     ],
 )
 def test_a_spec_judged_on_other_cases_in_their_place_is_removed(old, new, why):
@@ -177,7 +176,9 @@ def test_a_spec_judged_on_other_cases_in_their_place_is_removed(old, new, why):
     }
 
     judged = judge_spec(result(*old), result(*new), finished=True)
+    unknown = judge_spec(result(*old), result(*new) | {"cases": 3}, finished=True)
     assert judged == (("removed", why) if why else ("same", "passed"))
+    assert unknown == ("same", "passed")  # the third may be what is not named: no margin, it raised
 
 
 def cost(value, **changes):

@@ -138,7 +138,7 @@ def _end(kinds: Mapping[Any, str]) -> str:
 def _judged_cases(
     before: Mapping[str, Any], after: Mapping[str, Any], otherwise: str
 ) -> tuple[Verdict, str]:
-    gone = _fewer(before, after) or _exchanged(before, after)
+    gone = _fewer(before, after) or _no_longer_at(before, after)
     return ("removed", gone) if gone else ("same", otherwise)
 
 
@@ -150,20 +150,21 @@ def _fewer(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return f"judged on {now:,} of {plural(then, 'case')}"
 
 
-def _exchanged(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What is no longer judged and has another in its place, in words: `no longer judged at dtype=bfloat16`.
+def _no_longer_at(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The dtypes and kinds of layers no longer judged, in words; empty where all are, or none can tell.
 
-    A report names the cases that have a margin or a failure. One may come and go with how an
-    implementation answers; another dtype or kind of layer is another question.
+    A report names a case by its margin or its failure. Where it names fewer than were judged, what
+    became of the others is not known: one that has to be loud has no margin.
     """
-    for field in ("dtype=", "specimen="):
-        then, now = _values(before, field), _values(after, field)
-        if now - then and (gone := sorted(then - now)):
-            return f"no longer judged at {', '.join(gone)}"
-    return ""
+    then, now = _cases(before), _cases(after)
+    if len(then) != before.get("cases") or len(now) != after.get("cases"):
+        return ""
+    kept = {part for case in now for part in case}
+    lost = {part for case in then for part in case if part.startswith(("dtype=", "specimen="))}
+    gone = sorted(lost - kept)
+    return f"no longer judged at {', '.join(gone)}" if gone else ""
 
 
-def _values(result: Mapping[str, Any], field: str) -> set[str]:
+def _cases(result: Mapping[str, Any]) -> set[tuple[str, ...]]:
     told = [*(result.get("margins") or ()), *(result.get("failures") or ())]
-    parts = (part for one in told for part in _FIELD.split(compact(one.get("case"))))
-    return {plain(part, limit=60) for part in parts if part.startswith(field)}
+    return {tuple(_FIELD.split(plain(compact(one.get("case"))))) for one in told}
