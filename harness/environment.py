@@ -76,7 +76,6 @@ def collect(*, accelerator: bool = False) -> dict[str, Any]:
     """
     if accelerator:
         import torch  # noqa: F401  # loaded, so that it is asked below
-    cuda, cudnn = _cuda()
     return {
         "machine": _machine(),
         "gpus": _gpus(),
@@ -84,14 +83,18 @@ def collect(*, accelerator: bool = False) -> dict[str, Any]:
             "version": platform.python_version(),
             "implementation": platform.python_implementation(),
         },
-        "cuda": cuda,
-        "cudnn": cudnn,
-        "threads": _threads(),
+        **of_torch(),
         "libraries": {
             name: asdict(found) for name in LIBRARIES if (found := library(name)) is not None
         },
         "harness": {"version": __version__} | _checkout(Path(__file__).resolve().parent),
     }
+
+
+def of_torch() -> dict[str, Any]:
+    """What of the fingerprint this process's torch says: another's may have what this one has not."""
+    cuda, cudnn = _cuda()
+    return {"cuda": cuda, "cudnn": cudnn, "threads": _threads()}
 
 
 def library(name: str) -> Library | None:

@@ -136,6 +136,7 @@ class Judge:
             option = "--case: device" if only else "--device"
             raise UsageError(f"{option} {device}: not here; have {', '.join(here)}")
         self.name, self.version = plain(described["name"]), plain(described["version"])
+        self.environment: dict[str, Any] = described["environment"]
         self.methods: list[str] = described["methods"]
         self.claims: dict[str, list[str]] = described["capabilities"]
         self.known: list[Known] = []

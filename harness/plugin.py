@@ -47,6 +47,8 @@ MARKERS = {
 }
 INCOMPLETE = 3
 """The exit code of a run that judged less than was asked."""
+_ENDED = {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED}
+"""How a run ends that was not stopped."""
 
 # -- the options -----------------------------------------------------------------------------------
 
@@ -106,9 +108,12 @@ def pytest_report_collectionfinish(
     config: pytest.Config, items: Sequence[pytest.Item]
 ) -> list[str]:
     """Say what is on trial where the project's own tests hold specs."""
-    called = config.stash[STATE].tally.called
+    state = config.stash[STATE]
+    if not state.tells or given(config, "--adapter") or config.option.collectonly:
+        return []
+    called = state.tally.called
     adapters = {called(case.adapter): case.adapter for item in items if (case := case_of(item))}
-    if not adapters or given(config, "--adapter") or config.option.collectonly:
+    if not adapters:
         return []
     return _header(config, adapters.values(), [])
 
@@ -233,7 +238,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         state.report.set("ran", sum(verdict.ran for verdict in verdicts))
         collected = max(session.testscollected, state.tests)
         state.report.set("tests", {"collected": collected, "failed": session.testsfailed})
-        state.report.close(finished=exitstatus != pytest.ExitCode.INTERRUPTED)
+        # With -x the rest was not run.
+        state.report.close(finished=exitstatus in _ENDED and state.tests >= collected)
 
 
 def _exit_code(config: pytest.Config, state: State) -> int:

@@ -20,12 +20,18 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 """What asks a run to end, beside Ctrl-C: the child takes them as that, and keeps what was done."""
 
 # The child must not inherit the ignored SIGINT: Python installs its own handler only over the default.
-_CHILD = (
-    "import signal, sys; h = signal.default_int_handler; signal.signal(signal.SIGINT, h); "
+_HEED = (
+    "import signal; h = signal.default_int_handler; signal.signal(signal.SIGINT, h); "
     "[signal.signal(s, h) for s in (signal.SIGTERM, signal.SIGHUP) "
     "if signal.getsignal(s) is not signal.SIG_IGN]; "
-    "from {module} import main; sys.exit(main(sys.argv[1]))"
 )
+
+
+def _command(module: str, request: Path, first: str = "") -> list[str]:
+    # It sees what this process sees; a folder called harness that happens to lie here is none.
+    path = f"import sys; sys.path[:] = {[p for p in sys.path if p]!r}; "
+    main = f"from {module} import main; sys.exit(main(sys.argv[1]))"
+    return [sys.executable, "-P", "-c", path + first + main, str(request)]
 
 
 def run(module: str, request: Path) -> int:
@@ -48,7 +54,7 @@ def run(module: str, request: Path) -> int:
     try:
         child.append(
             subprocess.Popen(
-                [sys.executable, "-c", _CHILD.format(module=module), str(request)],
+                _command(module, request, _HEED),
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},
             )
         )
@@ -65,7 +71,7 @@ def beside(module: str, request: Path) -> subprocess.Popen[bytes]:
     """Start one of our modules on a request, deaf to Ctrl-C: whoever started it ends it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # an ignored signal is inherited
     try:
-        return subprocess.Popen([sys.executable, "-m", module, str(request)])
+        return subprocess.Popen(_command(module, request))
     finally:
         signal.signal(signal.SIGINT, before)
 

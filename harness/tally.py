@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import UsageError
 from harness.failure import Failure
 from harness.judge import Judge, Points, Result
 from harness.report.words import OUTCOMES, plain
@@ -33,6 +34,8 @@ class Tally:
         """Name and version of each implementation, by how it was spelled."""
         self._found: dict[str, dict[str, Result]] = {}
         self._called: dict[Key, str] = {}
+        self._unusable: dict[Key, str] = {}
+        """Why an implementation cannot be had: to find that out once takes long enough."""
 
     def called(self, adapter: str | Adapter) -> str:
         """How a run calls an implementation: as it was spelled, or its name; numbered where that is taken.
@@ -56,9 +59,15 @@ class Tally:
         from harness import known
 
         key = _key(adapter)
+        if key in self._unusable:
+            raise UsageError(self._unusable[key])
         if (key, tier) not in self._judges:
-            session = self._sessions.setdefault(key, Session(adapter))
-            made = Judge(session, Points(None, self._model, self._device, None, tier))
+            try:
+                session = self._sessions.setdefault(key, Session(adapter))
+                made = Judge(session, Points(None, self._model, self._device, None, tier))
+            except UsageError as error:
+                self._unusable[key] = str(error)
+                raise
             made.known = known.built_in(made.name, made.version)
             self._judges[key, tier] = made
             self.named[self.called(adapter)] = {"name": made.name, "version": made.version}

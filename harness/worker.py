@@ -3,7 +3,7 @@
 An implementation may patch torch for all, print, hang or take the process down; here it can. What it
 prints goes to standard error, so that only answers travel on the pipe.
 
-    {"do": "describe"}                                 -> name, version, capabilities
+    {"do": "describe"}                                 -> name, version, capabilities, torch's facts
     {"do": "prepare"}                                  -> a fresh process is started, for later
     {"do": "judge", "spec": id, "case": text}          -> failure or null, margins, notes
     {"do": "search", "spec": id, "explore": bool}      -> the same, the case found by hypothesis
@@ -22,7 +22,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
-from harness import fresh
+from harness import environment, fresh
 from harness.case import LAYER_SPECIMENS, Case
 from harness.errors import UsageError
 from harness.failure import Broken, NotRun, Refused, of_the_harness, raised
@@ -105,6 +105,7 @@ def answer(adapter: Adapter, specs: dict[str, Spec], request: dict[str, Any]) ->
             "name": adapter.name,
             "version": adapter.version,
             "capabilities": {name: sorted(getattr(c, name)) for name in c.KNOWN},
+            "environment": environment.of_torch(),
             "methods": [name for name in dir(adapter) if callable(getattr(adapter, name, None))],
         }
     if request["do"] == "prepare":

@@ -285,6 +285,24 @@ def test_several_test_processes_tell_one_verdict(faked):
     assert len(read(faked.folder / "run.json")["results"]) == 3
 
 
+def test_several_test_processes_tell_why_there_is_no_adapter(pytest_in):
+    """A worker that ends is started again: the tests say the line, and the session ends."""
+    pytest.importorskip("xdist")
+    (pytest_in.folder / "test_mine.py").write_text(
+        "from harness import parametrize_with_specs\n\n"
+        f"@parametrize_with_specs('nowhere:adapter', only=['{MUST}', '{OTHER}'])\n"
+        "def test_conforms(spec_case): spec_case.run()\n"
+    )
+
+    done = pytest_in("-n", "1")
+
+    assert done.returncode == 1
+    assert "adapter 'nowhere:adapter': no module 'nowhere' here" in done.stdout
+    assert "2 failed" in done.stdout
+    assert "another exception" not in done.stdout
+    assert "node down" not in done.stdout
+
+
 def test_objects_of_one_name_have_a_verdict_each(faked):
     """One class with two settings: the one that holds does not hide the one that does not."""
     (faked.folder / "test_mine.py").write_text(
@@ -347,6 +365,20 @@ def test_the_tier_of_the_decorator_is_judged(monkeypatch):
     tally.Tally().judge(cases[0].adapter, cases[0].tier)
 
     assert asked == ["full"]
+
+
+@pytest.mark.parametrize(("first", "finished"), [("failed", False), ("passed", True)])
+def test_a_report_of_a_run_that_stopped_early_is_unfinished(faked, first, finished):
+    """`-x` leaves the rest unjudged; what ran to its end is finished, though its last test failed."""
+    last = "passed" if first == "failed" else "failed"
+    faked.become(other=first, must=last)
+
+    done = faked("--adapter", "acme:lora", "--spec", OTHER, "--spec", MUST, "-x", "--report", "a")
+    report = read(faked.folder / "a")
+
+    assert done.returncode == 1
+    assert report["tests"] == {"collected": 2, "failed": 1}
+    assert report["finished"] is finished
 
 
 def test_a_report_is_written_when_asked(pytest_in):
