@@ -7,6 +7,7 @@ the weight in effect is read off a layer whose weight may lie anywhere. Where th
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from harness.failure import fail
@@ -153,6 +154,12 @@ def silence(trial: Trial, model: nn.Module) -> None:
                     f.bias.zero_()
 
 
+def unmerge(trial: Trial, model: nn.Module) -> None:
+    """Unmerged, whether a call before has seen to it, and the adapter says so, or not."""
+    with contextlib.suppress(Exception):
+        trial.adapter.unmerge(model)  # type: ignore[attr-defined]  # whoever asks has seen it claimed
+
+
 def gives_back_the_base(trial: Trial, model: nn.Module, budget: Tensor, what: str) -> None:
     """Unmerged and without ΔW, a model of any layers answers as its base does."""
     trial.adapter.unmerge(model)  # type: ignore[attr-defined]  # whoever asks has seen it claimed
@@ -161,18 +168,17 @@ def gives_back_the_base(trial: Trial, model: nn.Module, budget: Tensor, what: st
     trial.close(trial.call(model, given), trial.truth(trial.base(), {}, given), budget, what)
 
 
-def is_an_adapter_still(
-    trial: Trial, model: nn.Module, base: nn.Module, restored: Tensor, what: str
+def acts(
+    trial: Trial,
+    model: nn.Module,
+    base: nn.Module,
+    *,
+    factors: Snapshot,
+    restored: Tensor,
+    what: str,
 ) -> None:
-    """Factors written now act as they would on the base, less what rounding moved W by."""
-    trial.randomize(model, seed=1)
-    acts(trial, model, base, restored, what)
-
-
-def acts(trial: Trial, model: nn.Module, base: nn.Module, restored: Tensor, what: str) -> None:
-    """The outputs are those of the base with its factors, less what rounding moved W by."""
+    """The outputs are those of the base with these factors, less what rounding moved W by."""
     given = trial.inputs()
-    factors = trial.snapshot(model)
     far = given.abs() if given.is_floating_point() else given
     budget = trial.budget(base, factors, given) + spread(base, restored, far)
     trial.close(trial.call(model, given), trial.truth(base, factors, given), budget, what)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from harness import one_layer
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
@@ -37,7 +38,8 @@ def dtype_kept(trial: Trial) -> None:
     state = kept(trial, model)
     own = {t.dtype for t in storage.handles(trial.factors(model))}
     for key, value in tensors(state).items():
-        if all(torch.promote_types(value.dtype, dtype) != value.dtype for dtype in own):
+        narrower = all(torch.promote_types(value.dtype, dtype) != value.dtype for dtype in own)
+        if narrower and value.is_floating_point():  # whole numbers are an implementation's own
             fail("dtype", expected=f"{own}", actual=f"{key} is {value.dtype}", where=key)
     before = {name: p.dtype for name, p in model.named_parameters()}
     half = torch.bfloat16 if torch.float32 in own else torch.float32
@@ -156,11 +158,10 @@ def _enter(trial: Trial, model: nn.Module, way: str) -> None:
 
 
 def _leave(trial: Trial, model: nn.Module, way: str) -> None:
-    adapter: Any = trial.adapter
     if way == "merged":
         if not trial.claims("unmerge"):
             return
-        adapter.unmerge(model)
+        one_layer.unmerge(trial, model)
     trial.unmerged(model)
 
 
@@ -265,7 +266,8 @@ def _misfit(trial: Trial, state: dict[str, Any]) -> dict[str, Any]:
 
     way, first = trial.case.way, min(tensors(state))
     if way == "prefix":
-        return {f"module.{key}": value for key, value in state.items()}
+        # Not `module.`, which wrappers write and a loader may take off.
+        return {f"another.{key}": value for key, value in state.items()}
     if way == "missing":
         return {key: value for key, value in state.items() if key != first}
     if way == "extra":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from harness import one_layer
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
@@ -200,9 +201,9 @@ def while_merged(trial: Trial) -> None:
     activate(trial, model, "default")
     base = trial.base()
     truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
-    adapter.merge(model)
     # What was merged may come out of the weights again: one rounding of the larger sum more.
     budget = budget + trial.budget(base, trial.snapshot(model), x)
+    adapter.merge(model)
     try:
         adapter.activate(model, "second")
         if trial.case.way == "delete":
@@ -229,7 +230,7 @@ def _add_while_merged(trial: Trial) -> None:
     trial.close(trial.call(model, x), truth, budget, "output after add while merged")
     if not trial.claims("unmerge"):
         return
-    adapter.unmerge(model)
+    one_layer.unmerge(trial, model)  # adding may have done it already
     trial.unmerged(model)
     # The weights may keep the roundings of going in and coming out, each of the merged sum.
     left = 2 * budget
