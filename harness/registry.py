@@ -16,7 +16,7 @@ from harness.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-BUILT_IN = ("loralib", "peft", "reference")
+BUILT_IN = ("loralib", "peft", "reference", "transformers")
 GROUP = "lora_harness.adapters"
 
 ARGUMENTS = {
