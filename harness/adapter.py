@@ -240,7 +240,7 @@ class Capabilities:
     }
 
     def __post_init__(self) -> None:
-        """Take any collection of names; raise ValueError on one that nobody knows."""
+        """Take any collection of names; raise ValueError on one nobody knows or that needs another."""
         for name, known in self.KNOWN.items():
             given = getattr(self, name)
             if isinstance(given, str):
@@ -251,6 +251,9 @@ class Capabilities:
                     f"capabilities.{name}: unknown {', '.join(unknown)}; known are {', '.join(known)}"
                 )
             object.__setattr__(self, name, frozenset(given))
+        for feature, needed in (("unmerge", "merge"), ("combine", "multi_adapter")):
+            if feature in self.features and needed not in self.features:
+                raise ValueError(f"capabilities.features: {feature} needs {needed}; claim both")
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.case import SEEDS
 
@@ -142,31 +142,15 @@ def list_(p: argparse.ArgumentParser) -> None:
 
 def bench(p: argparse.ArgumentParser) -> None:
     """The grid, or the pair."""
-    grid = p.add_argument_group("the grid, each a list separated by commas")
-    grid.add_argument(
-        "--adapter",
-        type=lambda text: [part.strip() for part in text.split(",") if part.strip()],
-        default=["reference", "peft", "loralib"],
-        help="(default: reference,peft,loralib)",
-    )
-    grid.add_argument("--rank", type=_numbers, default=[8], metavar="R,...", help="(default: 8)")
-    grid.add_argument(
-        "--dtype",
-        type=_names("float32", "bfloat16", "float16", "nf4"),
-        default=["float32"],
-        help="of the base (default: float32)",
-    )
-    grid.add_argument(
-        "--model",
-        type=lambda text: [part.strip() for part in text.split(",") if part.strip()],
-        default=["tiny"],
-        help="(default: tiny)",
-    )
-    grid.add_argument("--batch", type=_numbers, default=[1], metavar="N,...", help="(default: 1)")
-    grid.add_argument(
-        "--sequence", type=_numbers, default=[64], metavar="N,...", help="(default: 64)"
-    )
-    grid.add_argument("--checkpointing", type=_names("off", "on"), default=["off"])
+    grid = p.add_argument_group("the grid, each a list separated by commas, or repeated")
+    _axis(grid, "--adapter", _words, ["reference", "peft", "loralib"])
+    _axis(grid, "--rank", _numbers, [8])
+    dtypes = _names("float32", "bfloat16", "float16", "nf4")
+    _axis(grid, "--dtype", dtypes, ["float32"], "of the base")
+    _axis(grid, "--model", _words, ["tiny"])
+    _axis(grid, "--batch", _numbers, [1])
+    _axis(grid, "--sequence", _numbers, [64])
+    _axis(grid, "--checkpointing", _names("off", "on"), ["off"])
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     p.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
     p.add_argument("--repeats", type=int, default=10, help="samples of each time (default: 10)")
@@ -185,7 +169,13 @@ def bench(p: argparse.ArgumentParser) -> None:
     pair.add_argument("--python", help="interpreter of the first side")
     pair.add_argument("--against-python", help="interpreter of the second side")
     pair.add_argument("--seconds", type=float, default=45.0, help="at most (default: 45)")
-    pair.add_argument("--margin", type=float, default=0.02, help="counts as same (default: 0.02)")
+    pair.add_argument(
+        "--margin",
+        type=float,
+        default=0.02,
+        help="more than this is not the same, less than half of it no change; between, either may "
+        "be told (default: 0.02)",
+    )
     _json(p)
 
 
@@ -197,19 +187,34 @@ def plan(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--target", type=int, metavar="TOKENS", help="tokens an optimizer step is to see"
     )
-    p.add_argument("--rank", type=_numbers, default=[16], metavar="R,...", help="(default: 16)")
-    p.add_argument("--dtype", type=_names("float32", "bfloat16", "float16"), default=["bfloat16"])
-    p.add_argument("--batch", type=_numbers, default=[1, 4], metavar="N,...", help="(default: 1,4)")
-    p.add_argument(
-        "--sequence",
-        type=_numbers,
-        default=[512, 2048],
-        metavar="N,...",
-        help="(default: 512,2048)",
-    )
-    p.add_argument("--checkpointing", type=_names("off", "on"), default=["off", "on"])
-    p.add_argument("--quantization", type=_names("none", "nf4"), default=["none", "nf4"])
+    _axis(p, "--rank", _numbers, [16])
+    _axis(p, "--dtype", _names("float32", "bfloat16", "float16"), ["bfloat16"])
+    _axis(p, "--batch", _numbers, [1, 4])
+    _axis(p, "--sequence", _numbers, [512, 2048])
+    _axis(p, "--checkpointing", _names("off", "on"), ["off", "on"])
+    _axis(p, "--quantization", _names("none", "nf4"), ["none", "nf4"])
     _json(p)
+
+
+class _Gather(argparse.Action):
+    """A list that grows each time its option is given; the first takes the default's place."""
+
+    def __call__(self, _parser: Any, namespace: Any, values: Any, _option: Any = None) -> None:
+        held = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if held is self.default else [*held, *values])
+
+
+def _axis(
+    p: argparse._ActionsContainer,
+    option: str,
+    parse: Callable[[str], list[Any]],
+    default: list[Any],
+    what: str = "",
+) -> None:
+    """An axis of a grid: a list separated by commas, or repeated."""
+    told = f"{what} (default: {','.join(map(str, default))})".lstrip()
+    metavar = "N,..." if parse is _numbers else "NAME,..."
+    p.add_argument(option, action=_Gather, type=parse, default=default, metavar=metavar, help=told)
 
 
 def _seed(text: str) -> int:
@@ -237,6 +242,11 @@ LONGEST = 1e6
 """Seconds, eleven days."""
 
 
+def _words(text: str) -> list[str]:
+    """Words, separated by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _numbers(text: str) -> list[int]:
     """Whole numbers above zero, separated by commas."""
     numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",") if part]
@@ -249,7 +259,7 @@ def _names(*known: str) -> Callable[[str], list[str]]:
     """Some of the names known, separated by commas."""
 
     def parse(text: str) -> list[str]:
-        names = [part.strip() for part in text.split(",") if part.strip()]
+        names = _words(text)
         for name in names:
             if name not in known:
                 raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")

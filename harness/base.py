@@ -64,8 +64,9 @@ def load(settings: Mapping[str, Any]) -> Phi3ForCausalLM:
     if name not in phi3.NAMES:
         return _quantized(name, settings, options)
     # Random weights exist nowhere but in memory, and quantisation happens on the way in from a file.
+    # A card that takes the base in four bits may be too small for it whole.
     with tempfile.TemporaryDirectory() as folder:
-        whole = phi3.load(name, seed=settings["seed"], **options)
+        whole = phi3.load(name, seed=settings["seed"], **options | {"device": "cpu"})
         whole.save_pretrained(folder)
         del whole
         return _quantized(folder, settings, options)
@@ -87,13 +88,14 @@ def _quantized(
         ),
     )
     try:
-        model: Phi3ForCausalLM = Phi3ForCausalLM.from_pretrained(
-            source,
-            quantization_config=quantization,
-            device_map={"": options["device"]},
-            dtype=getattr(torch, options["dtype"]),
-            attn_implementation=options["attn_implementation"],
-        )
+        with phi3.without_bars():
+            model: Phi3ForCausalLM = Phi3ForCausalLM.from_pretrained(
+                source,
+                quantization_config=quantization,
+                device_map={"": options["device"]},
+                dtype=getattr(torch, options["dtype"]),
+                attn_implementation=options["attn_implementation"],
+            )
     except (OSError, ImportError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"model {source}: cannot be loaded in 4 bits ({first_line(error)})"

@@ -147,8 +147,10 @@ LAYER_OF: dict[str, str] = {
     "fused": "fused_linear",
     "fused-all": "fused_linear",
     "fused-unequal": "fused_linear",
+    "nf4": "quantized_base",
 }
-"""The layer kind a specimen asks an implementation to claim; linear where it is not named."""
+"""What a specimen asks an implementation to claim: a kind of layer, linear where it is not named, or a
+base of another kind."""
 
 LAYER_SPECIMENS = frozenset(
     {
@@ -162,7 +164,6 @@ LAYER_SPECIMENS = frozenset(
         "headed",
         "normed",
         "underscored",
-        "nf4",
     }
 )
 """The specimens made for the specs; any other name is a model's."""

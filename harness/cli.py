@@ -23,14 +23,18 @@ EXIT_CODES = """\
 exit codes: 0 holds · 1 does not hold (a failed MUST, a worse row) · 2 wrong usage or unreadable input ·
 3 incomplete, incomparable or inconclusive where a decision was asked for"""
 
-INTERRUPTED = 130
-"""What a shell expects of a command that Ctrl-C ended: 128 + SIGINT."""
+INTERRUPTED, UNREAD = 130, 141
+"""What a shell expects of a command that Ctrl-C ended, or a closed pipe: 128 + SIGINT, 128 + SIGPIPE."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Usage errors are one line and exit 2."""
-    _write_what_can_be_written()
     name = "lora-harness"
+    if sys.stdout is None:
+        # The next file that is opened would be standard output, and be written into.
+        print(f"{name}: standard output is closed; send it elsewhere", file=sys.stderr)
+        return 2
+    _write_what_can_be_written()
     try:
         try:
             args = parser().parse_args(argv)
@@ -49,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader, `head` say, has seen enough; nothing is left to tell it.
+        # The reader, `head` say, has seen enough; whether the run was green nobody was told.
         _silence_stdout()
-        return 0
+        return UNREAD
     except OSError as error:
         if error.filename is not None or error.errno not in UNWRITABLE:
             raise

@@ -16,7 +16,7 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional
 
-from harness import clone, oracle
+from harness import oracle
 from harness.adapter import Factors
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Equation:
     def __init__(
         self, base: nn.Module, factors: Snapshot, dtype: torch.dtype = torch.float64
     ) -> None:
-        self.base = clone.cloned(base).to(dtype).eval().requires_grad_(False)
+        self.base = oracle.dense(base).to(dtype).eval().requires_grad_(False)
         self.dtype = dtype
         self.modules = {name: base.get_submodule(name) for name in factors}
         self.factors = {name: [_leaves(f) for f in parts] for name, parts in factors.items()}

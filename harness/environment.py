@@ -76,7 +76,6 @@ def collect(*, accelerator: bool = False) -> dict[str, Any]:
     """
     if accelerator:
         import torch  # noqa: F401  # loaded, so that it is asked below
-    cuda, cudnn = _cuda()
     return {
         "machine": _machine(),
         "gpus": _gpus(),
@@ -84,14 +83,18 @@ def collect(*, accelerator: bool = False) -> dict[str, Any]:
             "version": platform.python_version(),
             "implementation": platform.python_implementation(),
         },
-        "cuda": cuda,
-        "cudnn": cudnn,
-        "threads": _threads(),
+        **of_torch(),
         "libraries": {
             name: asdict(found) for name in LIBRARIES if (found := library(name)) is not None
         },
         "harness": {"version": __version__} | _checkout(Path(__file__).resolve().parent),
     }
+
+
+def of_torch() -> dict[str, Any]:
+    """What of the fingerprint this process's torch says: another's may have what this one has not."""
+    cuda, cudnn = _cuda()
+    return {"cuda": cuda, "cudnn": cudnn, "threads": _threads()}
 
 
 def library(name: str) -> Library | None:
@@ -126,14 +129,14 @@ def _checkout(folder: Path) -> dict[str, Any]:
     if not (folder / ".git").exists() and not (folder.parent / ".git").exists():
         # Installed elsewhere: a repository further up is somebody else's.
         return nothing
-    commit = _said("git", "-C", str(folder), "rev-parse", "HEAD")
-    changes = _said("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
+    commit = printed("git", "-C", str(folder), "rev-parse", "HEAD")
+    changes = printed("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
     if not commit or changes is None:
         return nothing
     return {"commit": commit, "dirty": bool(changes)}
 
 
-def _said(*command: str, seconds: float = 10) -> str | None:
+def printed(*command: str, seconds: float = 10) -> str | None:
     """What a command printed, or None where it is missing, fails or hangs."""
     if shutil.which(command[0]) is None:
         return None
@@ -186,7 +189,9 @@ def _cpu() -> str:
         key, _, value = line.partition(":")
         if key.strip() == "model name":
             return " ".join(value.split())
-    brand = _said("sysctl", "-n", "machdep.cpu.brand_string") if sys.platform == "darwin" else None
+    brand = (
+        printed("sysctl", "-n", "machdep.cpu.brand_string") if sys.platform == "darwin" else None
+    )
     return brand or platform.processor() or platform.machine()
 
 
@@ -206,7 +211,7 @@ def _gpus() -> list[dict[str, Any]]:
     Without `nvidia-smi`, those that torch sees, if it is loaded, with less to say.
     """
     query = ",".join(("name", "driver_version", *(field for _, field, _ in _GPU_FACTS)))
-    said = _said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits")
+    said = printed("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits")
     if said is None:
         return _gpus_of_torch()
     gpus = []

@@ -106,15 +106,17 @@ class Broken(Exception):  # noqa: N818  # it says that a property is broken, not
         """The numbers that should have been found."""
 
     def record(self, *, case: str, reproduce: str) -> Failure:
-        """The record, once the case and its command are known."""
+        """The record, once the case and its command are known; a terminal can show what is in it."""
+        from harness.report.words import plain
+
         return Failure(
             kind=self.kind,
             case=case,
-            expected=self.expected,
-            actual=self.actual,
+            expected=plain(self.expected, limit=2000),
+            actual=plain(self.actual, limit=2000),
             measured=self.measured,
             allowed=self.allowed,
-            where=self.where,
+            where=plain(self.where),
             reproduce=reproduce,
         )
 
@@ -157,29 +159,41 @@ def raised(error: BaseException, *, expected: str = "no exception") -> Broken:
     Where no line of the implementation's was running, what it had given before was no good, or the
     harness is wrong: the line is told to be the harness's own.
     """
-    specs = [Path(folder) for folder in import_module("harness.specs").__path__]
-    ours = Path(__file__).parent
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if "/site-packages/torch/" not in Path(frame.filename).as_posix()
     ]
-    theirs = [
-        frame
-        for frame in frames
-        if not _within(frame.filename, ours, but=ours / "adapters")
-        and not any(_within(frame.filename, folder) for folder in specs)
-    ]
+    theirs = [frame for frame in frames if not _ours(frame.filename)]
     frame = theirs[-1] if theirs else (frames[-1] if frames else None)
     where = f"{_short(frame.filename)}:{frame.lineno} in {frame.name}" if frame else ""
     if frame and not theirs:
         where += ", a line of the harness, on what the implementation gave it"
-    text = " ".join(str(error).split())
-    return Broken(
-        "raised",
-        expected=expected,
-        actual=f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__,
-        where=where,
+    return Broken("raised", expected=expected, actual=line(error), where=where)
+
+
+def line(error: BaseException) -> str:
+    """A stranger's exception in one line that a terminal can show: its type and what it says."""
+    from harness.report.words import plain
+
+    try:
+        said = str(error)
+    except Exception as second:  # noqa: BLE001  # it may be as broken as the rest
+        said = f"(its message raised {type(second).__name__})"
+    return plain(f"{type(error).__name__}: {said}" if said.strip() else type(error).__name__)
+
+
+def of_the_harness(error: BaseException) -> bool:
+    """Whether a line of the harness raised it, and none of the implementation's."""
+    return _ours(traceback.extract_tb(error.__traceback__)[-1].filename)
+
+
+def _ours(filename: str) -> bool:
+    """Whether a line of this file is the harness's or a spec's, and not an implementation's."""
+    specs = [Path(folder) for folder in import_module("harness.specs").__path__]
+    here = Path(__file__).parent
+    return _within(filename, here, but=here / "adapters") or any(
+        _within(filename, folder) for folder in specs
     )
 
 

@@ -117,10 +117,7 @@ _START = "from harness import fresh; fresh.serve()"
 
 def serve() -> None:
     """In the server: fork a child for each line of input."""
-    for library in LIBRARIES:
-        with contextlib.suppress(Exception):  # a child that needs what is broken says so
-            import_module(library)
-
+    warm_up()
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     null = os.open(os.devnull, os.O_RDWR)
@@ -143,6 +140,18 @@ def serve() -> None:
             problem = f"the process ended with {code}"
         answers.write(json.dumps([json.loads(line)[0], problem]) + "\n")
         answers.flush()
+
+
+def warm_up() -> None:
+    """Import the libraries, but for one that asks for the cards: no copy of a process that has can."""
+    import torch
+
+    cards = torch.version.cuda or torch.version.hip
+    for library in LIBRARIES:
+        if library == "bitsandbytes" and cards:
+            continue
+        with contextlib.suppress(Exception):  # a child that needs what is broken says so
+            import_module(library)
 
 
 def _answer(line: str, write: int) -> None:

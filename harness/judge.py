@@ -8,10 +8,12 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.case import LAYER_OF, LAYER_SPECIMENS, Case
+from harness.adapter import Capabilities
+from harness.case import LAYER_SPECIMENS, Case
 from harness.errors import UsageError
 from harness.failure import Failure
 from harness.reach import kind_of, reach
+from harness.report.words import plain
 from harness.session import Lost
 from harness.spec import Spec, catalogue
 
@@ -133,8 +135,8 @@ class Judge:
         if device not in here:
             option = "--case: device" if only else "--device"
             raise UsageError(f"{option} {device}: not here; have {', '.join(here)}")
-        self.name: str = described["name"]
-        self.version: str = described["version"]
+        self.name, self.version = plain(described["name"]), plain(described["version"])
+        self.environment: dict[str, Any] = described["environment"]
         self.methods: list[str] = described["methods"]
         self.claims: dict[str, list[str]] = described["capabilities"]
         self.known: list[Known] = []
@@ -194,7 +196,8 @@ class Judge:
         return found
 
     def _claimed(self, case: Case) -> bool:
-        return kind_of(case) in self.claims["layers"] and case.dtype in self.claims["dtypes"]
+        kinds = {*self.claims["layers"], *self.claims["features"]}
+        return kind_of(case) in kinds and case.dtype in self.claims["dtypes"]
 
     def _ask_all(self, item: Spec, cases: list[Case], result: Result) -> None:
         deadline = time.monotonic() + self._limit
@@ -239,9 +242,10 @@ class Judge:
             self._take(item, answer, result)
 
     def _take(self, item: Spec, answer: dict[str, Any], result: Result) -> None:
-        result.notes += [note for note in answer["notes"] if note not in result.notes]
+        notes = [plain(note) for note in answer["notes"]]
+        result.notes += [note for note in notes if note not in result.notes]
         if answer.get("not_run"):
-            result.notes.append(answer["not_run"])
+            result.notes.append(plain(answer["not_run"]))
         if answer["margin"] is not None:
             result.margins[answer["case"]] = answer["margin"]
         if answer["failure"]:
@@ -281,7 +285,8 @@ class Judge:
         lost = any(failure.kind in {"hang", "crash"} for failure in result.failures)
         complete = whole and self._points.own and result.outcome != "not_run"
         for entry in entries:
-            untrue = entry.untrue(cases, used=lost or id(entry) in used) if complete else ""
+            used_up = lost or id(entry) in used
+            untrue = entry.untrue(item, cases, used=used_up) if complete else ""
             if untrue:
                 result.outcome = "failed"
                 result.failures.append(
@@ -335,9 +340,7 @@ class Judge:
 
 
 def _group(name: str) -> str:
-    if name in {"float32", "bfloat16", "float16", "float64"}:
-        return "dtypes"
-    return "layers" if name in {"linear", *LAYER_OF.values()} else "features"
+    return next(group for group, names in Capabilities.KNOWN.items() if name in names)
 
 
 _ORACLE = "forward/equals-oracle"

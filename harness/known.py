@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from harness.case import Case
     from harness.failure import Failure
+    from harness.spec import Spec
 
 _REQUIRED = {"spec": str, "kind": str, "reason": str, "url": str, "expires": dt.date}
 _CASE_FIELDS = {"specimen", "shape", "dtype", "r", "alpha", "dropout", "way", "device", "seed"}
@@ -54,17 +55,19 @@ class Known:
         """Whether this failure is the one that is known."""
         return self.spec == spec and self.kind == failure.kind and case.matches(self.case)
 
-    def untrue(self, cases: Iterable[Case], *, used: bool) -> str:
-        """Why the entry is no longer true of its spec's cases; empty where it is."""
+    def untrue(self, spec: Spec, judged: Iterable[Case], *, used: bool) -> str:
+        """Why the entry is no longer true of its spec; empty where it is, or none of its cases was judged."""
         if self.expires < dt.datetime.now(tz=dt.UTC).date():
             return f"expired on {self.expires}: look whether it still has to be there"
-        if not any(case.matches(self.case) for case in cases):
+        if not any(case.matches(self.case) for case in (*spec.cases, *spec.more_cases)):
             return "matches no case: mend its selector or remove it"
-        return "" if used else "no longer fails: remove it"
+        idle = not used and any(case.matches(self.case) for case in judged)
+        return "no longer fails: remove it" if idle else ""
 
 
-def load(path: Path) -> list[Known]:
+def load(path: Path | str) -> list[Known]:
     """The entries of one file; raises `UsageError` on one that is not whole."""
+    path = Path(path)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -76,8 +79,10 @@ def load(path: Path) -> list[Known]:
     entries = []
     for number, entry in enumerate(data.get("known", []), 1):
         where = f"known failures {path.name}, entry {number}"
+        if not isinstance(entry, dict):
+            raise UsageError(f"{where}: it must be a table, which starts with [[known]]")
         for name, kind in _REQUIRED.items():
-            if not isinstance(entry.get(name), kind):
+            if type(entry.get(name)) is not kind:  # a moment would be a date
                 raise UsageError(f"{where}: {name} must be given, as a {kind.__name__}")
         if not isinstance(entry.get("case", {}), dict):
             raise UsageError(f'{where}: case must be a table, such as {{ way = "merged" }}')
@@ -100,10 +105,11 @@ def built_in(adapter: str, version: str) -> list[Known]:
     """What is known of an implementation at a version, from `specs/known/<adapter>.toml`."""
     from importlib.resources import files
 
-    resource = files("harness.specs") / "known" / f"{adapter}.toml"
-    if not resource.is_file():
+    # Looked for among what there is: a name may be longer than a path's part, or lead elsewhere.
+    lists = {one.name: one for one in (files("harness.specs") / "known").iterdir()}
+    if (mine := lists.get(f"{adapter}.toml")) is None:
         return []
-    return [entry for entry in load(Path(str(resource))) if _applies(entry, version)]
+    return [entry for entry in load(Path(str(mine))) if _applies(entry, version)]
 
 
 def _applies(entry: Known, version: str) -> bool:

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.console import table, wrapped
 from harness.errors import UsageError, first_line
+from harness.report.rows import SECTIONS, cost_row, rows_by_identity, told
+from harness.report.terminal import SCREENFUL
 from harness.telling import MARKS
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ RUNS = ("check", "bench", "finetune", "plan")
 COMPLETE = "complete"
 """The file that says that an environment was made to the end, and what clashes in it."""
 
+_BETWEEN = re.compile(r",(?!\s*[<>=!~])(?![^\[\]]*\])")
 _CLASH = re.compile(r" requires .*, but you have ")
 
 
@@ -82,7 +85,11 @@ def command(args: argparse.Namespace) -> int:
         raise UsageError(
             f"matrix: after -- comes the command to run in each leg, one of {', '.join(RUNS)}"
         )
-    wanted = [tuple(shlex.split(leg.replace(",", " "))) for leg in args.leg]
+    if any(len(word) > 2 and "--json".startswith(word.partition("=")[0]) for word in run):
+        raise UsageError(
+            "matrix: --json after -- would be one file for all legs; give it before --, and it holds each"
+        )
+    wanted = [_requirements(leg) for leg in args.leg]
     if len(wanted) < 2:
         raise UsageError("matrix: give at least two legs, such as --leg here --leg peft==0.8.2")
     folder = args.environments or kept()
@@ -101,15 +108,42 @@ def command(args: argparse.Namespace) -> int:
                 print(f"  {clash}: add one to the leg that goes with the rest", flush=True)
             legs.append(leg)
             report.set("legs", [leg.as_dict() for leg in legs])
-    rows = differences(legs)
-    if rows:
-        print(f"\n{table(rows, ['differs', *(leg.name for leg in legs)])}")
-        for leg in legs:
-            if found := failures(leg, [row[0] for row in rows]):
-                print("\n".join(["", leg.name, *found]))
-    elif all(leg.report for leg in legs):
-        print("\nno spec differs between the legs")
+    _show(legs)
     return max((leg.exit_code for leg in legs), key=[0, 3, 1, 2].index)
+
+
+def _show(legs: Sequence[Leg]) -> None:
+    """What differs: specs, with what fails, and counted costs; and what was looked at and does not."""
+    heads = [leg.name for leg in legs]
+    specs, costs = differences(legs), costs_apart(legs)
+    if specs:
+        print(f"\n{table(specs, ['differs', *heads])}")
+        for leg in legs:
+            if found := failures(leg, [row[0] for row in specs]):
+                print("\n".join(["", leg.name, *found]))
+    if costs:
+        print(f"\n{table(costs[:SCREENFUL], ['costs', 'where', *heads])}")
+        if len(costs) > SCREENFUL:
+            print(f"… and {len(costs) - SCREENFUL:,} more; --json has them all")
+    if not all(leg.report for leg in legs):
+        return
+    sections = {name for leg in legs for name, held in leg.report.items() if held}
+    if "results" in sections and not specs:
+        print("\nno spec differs between the legs")
+    if sections & {"counters", "memory"} and not costs:
+        print("\nno counted cost differs between the legs")
+    if not sections & {"results", "counters", "memory"}:
+        print("\nno leg judged a spec or counted a cost")
+
+
+def _requirements(leg: str) -> tuple[str, ...]:
+    """The requirements of one `--leg`; a comma in a range of versions or among extras parts nothing."""
+    try:
+        return tuple(shlex.split(_BETWEEN.sub(" ", leg)))
+    except ValueError as error:
+        raise UsageError(
+            f"--leg {leg!r}: {str(error).lower()}; give it as --leg 'peft==0.13.2,transformers==4.46.1'"
+        ) from None
 
 
 def _require_folder(folder: Path) -> None:
@@ -221,6 +255,22 @@ def differences(legs: Sequence[Leg]) -> list[tuple[str, ...]]:
         for id_ in ids
         if len({o.get(id_) for o in outcomes}) > 1
     ]
+
+
+def costs_apart(legs: Sequence[Leg]) -> list[tuple[str, ...]]:
+    """The counted costs that are not the same in every leg that has a report, a value a leg."""
+    found = []
+    for section in ("counters", "memory"):
+        name = SECTIONS[section]
+        held = [rows_by_identity(leg.report.get(section, [])) for leg in legs]
+        for key in dict.fromkeys(key for one in held for key in one):
+            ours = [one.get(key) for one in held]
+            first = next(one for one in ours if one)
+            rows = [cost_row(name, first, one) for one in ours]
+            moved = [row.verdict not in {"same", None} for row in rows]
+            if any(one and leg.report for one, leg in zip(moved, legs, strict=True)):
+                found.append((rows[0].name, rows[0].where, *(told(row, row.new) for row in rows)))
+    return found
 
 
 def failures(leg: Leg, ids: Sequence[str]) -> list[str]:

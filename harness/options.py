@@ -77,13 +77,19 @@ def own_tree(config: pytest.Config) -> bool:
 
 
 @contextlib.contextmanager
-def usage_errors(*, option: str = "--only") -> Iterator[None]:
-    """End the session with one line and exit 2, as everywhere here; pytest's own would be exit 4."""
+def usage_errors(*, option: str = "--only", ends: bool = True) -> Iterator[None]:
+    """End the session with one line and exit 2, as everywhere here; pytest's own would be exit 4.
+
+    A worker of xdist, which would be started again and again, `ends` nothing: the test fails.
+    """
     __tracebackhide__ = True
     try:
         yield
     except UsageError as error:
-        pytest.exit(str(error).replace("--only", option, 1), returncode=2)
+        line = str(error).replace("--only", option, 1)
+        if ends:
+            pytest.exit(line, returncode=2)
+        raise pytest.fail.Exception(line, pytrace=False) from None
 
 
 def tier_of(config: pytest.Config) -> Tier:

@@ -80,12 +80,25 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight
 
 
+def dense(base: nn.Module) -> nn.Module:
+    """A copy of the base, with `nn.Linear` of the dequantised weight for what is in fewer bits."""
+    model: nn.Module = clone.cloned(base)
+    for path, module in list(model.named_modules()):
+        if not hasattr(getattr(module, "weight", None), "quant_state"):
+            continue
+        weight, (parent, _, name) = weight_of(module), path.rpartition(".")
+        made = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        made.weight, made.bias = nn.Parameter(weight, requires_grad=False), module.bias
+        setattr(model.get_submodule(parent), name, made)
+    return model
+
+
 def merged(base: nn.Module, factors: Snapshot, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A copy of the base in `dtype` and eval mode, with W + ΔW summed in float64, then rounded once.
 
     An adapted weight that another module shares is untied first: only the adapted use changes.
     """
-    model: nn.Module = clone.cloned(base).to(dtype).eval()
+    model: nn.Module = dense(base).to(dtype).eval()
     originals = dict(base.named_modules())
     for name, module in dict(model.named_modules()).items():
         parts = factors.get(name)
@@ -124,7 +137,7 @@ def gradients(
     Returns:
         That of the input, None where the input is indices, and those of each A and B in turn.
     """
-    model: nn.Module = clone.cloned(base).double().eval()
+    model: nn.Module = dense(base).double().eval()
     leaves = {
         name: [
             Factors(
@@ -154,7 +167,7 @@ def gradients(
 
 def positive(base: nn.Module, factors: Snapshot) -> tuple[nn.Module, Snapshot]:
     """A base and its factors with every number made positive, for magnitudes of what they make."""
-    model: nn.Module = clone.cloned(base).double()
+    model: nn.Module = dense(base).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.abs_()

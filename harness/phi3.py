@@ -51,7 +51,7 @@ def config(name: str) -> Phi3Config:
         UsageError: the name is not one of `NAMES`.
     """
     if name not in NAMES:
-        raise _unknown(name)
+        raise UsageError(_unknown(name))
     from transformers import Phi3Config
 
     path = Path(str(files("harness"))) / "data" / "configs" / f"{name}.json"
@@ -208,7 +208,9 @@ def source(name: str, *, weights: bool = True) -> str:
     if name.startswith((".", "/", "~")):
         raise UsageError(f"model directory {name}: does not exist; check the path")
     if not hub.is_id(name):
-        raise _unknown(name)
+        raise UsageError(
+            f"{_unknown(name)}, a directory, or a hub id such as microsoft/Phi-3-mini-4k-instruct"
+        )
     from huggingface_hub import hf_hub_download
 
     try:
@@ -261,12 +263,9 @@ def check_attention(name: str) -> None:
         )
 
 
-def _unknown(name: str) -> UsageError:
+def _unknown(name: str) -> str:
     nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)
-    return UsageError(
-        f"model {name!r}: unknown; did you mean {nearest[0]}? Known are {', '.join(NAMES)}, a "
-        "directory, or a hub id such as microsoft/Phi-3-mini-4k-instruct"
-    )
+    return f"model {name!r}: unknown; did you mean {nearest[0]}? Known are {', '.join(NAMES)}"
 
 
 def _device(name: str) -> torch.device:
@@ -333,12 +332,24 @@ def _quietly() -> Iterator[None]:
     """Without transformers' progress bars and load reports, which are told as errors instead."""
     from transformers.utils import logging
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
+    try:
+        with without_bars():
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' progress bars."""
+    from transformers.utils import logging
+
+    bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()

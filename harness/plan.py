@@ -35,8 +35,7 @@ def claimed(adapter: Adapter, grid: Sequence[Point]) -> tuple[list[Point], list[
 
     ours, lacking = [], []
     for point in grid:
-        dtype = point.dtype if point.quantization == "none" else point.quantization
-        why = not_claimed(adapter, dtype=dtype, checkpointing=point.checkpointing)
+        why = not_claimed(adapter, dtype=_dtype(point), checkpointing=point.checkpointing)
         if why:
             lacking.append(why)
         else:
@@ -63,34 +62,74 @@ def require_weights_fit(model: str, grid: Iterable[Point], budget: int) -> None:
         )
 
 
-def advice(missed: Planned, everything: Sequence[Planned], budget: int) -> str:
+def past_context(model: str, grid: Iterable[Point]) -> list[str]:
+    """A line for each sequence that is longer than the model was made for."""
+    from harness import phi3
+
+    context = phi3.config(model).max_position_embeddings
+    return [
+        f"sequence {tokens} is past the context of {model}, {context} tokens"
+        for tokens in sorted({point.sequence for point in grid})
+        if tokens > context
+    ]
+
+
+FIELDS = ("quantization", "checkpointing", "batch", "sequence", "dtype", "r")
+
+
+def advice(missed: Planned, everything: Sequence[Planned], budget: int, adapter: Adapter) -> str:
     """What to change so that a point which does not fit does: one thing that was seen to help.
 
     Failing that, what the largest kind of its peak is, and what is done about that kind.
     """
-    fields = ("quantization", "checkpointing", "batch", "sequence", "dtype", "r")
-    ours = asdict(missed.point)
-    for field in fields:
-        helps = [
-            other
-            for other in everything
-            if other.peak_bytes <= budget
-            and all((asdict(other.point)[f] == ours[f]) != (f == field) for f in fields)
-        ]
+    for field in FIELDS:
+        helps = [p for p in _beside(missed, everything, field) if p.peak_bytes <= budget]
         if helps:
             best = max(helps, key=lambda other: other.peak_bytes)
             return f"{_spoken(field, getattr(best.point, field))}: {format_bytes(best.peak_bytes)}"
     kind = next(iter(missed.kinds))
-    remedy = {
-        "base weights": "a 4-bit base"
-        if missed.point.quantization == "none"
-        else "a smaller model",
-        "saved activations": "a shorter sequence"
-        if missed.point.checkpointing
-        else "gradient checkpointing",
-        "logits": "a shorter sequence or fewer of them",
-    }.get(kind, "a lower rank")
-    return f"mostly {kind}: {remedy}, and more than that alone"
+    remedy, fields = _remedy(kind, missed.point, adapter)
+    ours = missed.point
+    tried = any(
+        other.point.tokens <= ours.tokens and other.point.r <= ours.r
+        for field in fields
+        for other in _beside(missed, everything, field)
+    )
+    return f"mostly {kind}: {remedy}{', and more than that alone' if tried else ''}"
+
+
+def _beside(one: Planned, everything: Iterable[Planned], field: str) -> list[Planned]:
+    """The points that differ from one in that field alone."""
+    ours = asdict(one.point)
+    return [
+        other
+        for other in everything
+        if all((asdict(other.point)[f] == ours[f]) != (f == field) for f in FIELDS)
+    ]
+
+
+def _remedy(kind: str, point: Point, adapter: Adapter) -> tuple[str, tuple[str, ...]]:
+    """What the adapter lets be done about a kind of memory, and the fields that this changes."""
+    from harness.measure.cell import not_claimed
+
+    if kind == "base weights":
+        four_bit = not not_claimed(adapter, dtype="nf4", checkpointing=point.checkpointing)
+        if point.quantization == "none" and four_bit:
+            return "a 4-bit base", ("quantization",)
+        return "a smaller model", ()
+    if kind == "saved activations":
+        checkpointed = not not_claimed(adapter, dtype=_dtype(point), checkpointing=True)
+        if not point.checkpointing and checkpointed:
+            return "gradient checkpointing", ("checkpointing",)
+        return "a shorter sequence", ("sequence",)
+    if kind == "logits":
+        return "a shorter sequence or fewer of them", ("sequence", "batch")
+    return "a lower rank", ("r",)
+
+
+def _dtype(point: Point) -> str:
+    """The base's, as a bench and an adapter's claims call it."""
+    return point.dtype if point.quantization == "none" else point.quantization
 
 
 def _spoken(field: str, value: object) -> str:
@@ -124,6 +163,7 @@ def command(args: argparse.Namespace) -> int:
     adapter = registry.resolve(args.adapter)
     grid, left_out = claimed(adapter, grid)
     require_weights_fit(args.model, grid, budget)
+    notes = [*left_out, *past_context(args.model, grid)]
     head = {
         "adapter": {"name": adapter.name, "version": adapter.version},
         "model": args.model,
@@ -131,13 +171,13 @@ def command(args: argparse.Namespace) -> int:
     }
     found: list[Planned] = []
     with Recorder(args.json, kind="plan", **head) as report:
-        report.add("notes", [NOTE, *left_out])
+        report.add("notes", [NOTE, *notes])
         planned = measure(adapter, args.model, grid, target=args.target)
         for one in _with_progress(planned, len(grid)):
             found.append(one)
             _record(report, one, adapter, args.model)
         _show(found, args.model, adapter, budget, args.target)
-        for line in left_out:
+        for line in notes:
             print(line)
     return 0 if any(p.peak_bytes <= budget for p in found) else 1
 
@@ -197,7 +237,9 @@ def _show(
     missed = sorted((p for p in found if p.peak_bytes > budget), key=lambda p: p.peak_bytes)
     if missed:
         print("\nnearest misses, and what to change:\n")
-        rows = ([*_cells(p, budget, target)[:8], advice(p, found, budget)] for p in missed[:5])
+        rows = (
+            [*_cells(p, budget, target)[:8], advice(p, found, budget, adapter)] for p in missed[:5]
+        )
         print(table(rows, [*headers[:7], "too much", "change to"]))
     print(f"\n{NOTE}")
 

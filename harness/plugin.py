@@ -33,7 +33,6 @@ from harness.options import (
 )
 from harness.spec import SPEC_VERSION, TIERS, select
 from harness.spec_case import ACTIVE, STATE, SpecCase, Specs, State, case_of, parametrize_with_specs
-from harness.tally import spelled
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
@@ -48,6 +47,8 @@ MARKERS = {
 }
 INCOMPLETE = 3
 """The exit code of a run that judged less than was asked."""
+_ENDED = {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED}
+"""How a run ends that was not stopped."""
 
 # -- the options -----------------------------------------------------------------------------------
 
@@ -81,9 +82,9 @@ def pytest_configure(config: pytest.Config) -> None:
             from harness.measure.memory import parse_bytes
 
             budget = parse_bytes(given(config, "--gpu-budget"))
-            on_gpu = (given(config, "--device") or "").startswith("cuda") or gpu_tier(config)
-            if on_gpu and has_gpu():
-                _cap(budget)
+            device = given(config, "--device") or ("cuda" if gpu_tier(config) else "cpu")
+            if device.startswith("cuda") and has_gpu():
+                _cap(budget, device)
     if given(config, "--adapter") and config.args_source is not pytest.Config.ArgsSource.ARGS:
         # No paths were named: the specs alone, and nothing of the project's is even imported.
         config.args = []
@@ -107,8 +108,12 @@ def pytest_report_collectionfinish(
     config: pytest.Config, items: Sequence[pytest.Item]
 ) -> list[str]:
     """Say what is on trial where the project's own tests hold specs."""
-    adapters = {spelled(case.adapter): case.adapter for item in items if (case := case_of(item))}
-    if not adapters or given(config, "--adapter") or config.option.collectonly:
+    state = config.stash[STATE]
+    if not state.tells or given(config, "--adapter") or config.option.collectonly:
+        return []
+    called = state.tally.called
+    adapters = {called(case.adapter): case.adapter for item in items if (case := case_of(item))}
+    if not adapters:
         return []
     return _header(config, adapters.values(), [])
 
@@ -124,7 +129,7 @@ def _header(
     with usage_errors():
         for adapter in adapters:
             tally.judge(adapter, tier_of(config))
-            on_trial.append(tally.told(spelled(adapter)))
+            on_trial.append(tally.told(tally.called(adapter)))
     libraries = environment.collect().get("libraries", {})
     names = ("torch", "transformers", "peft", "loralib", "trl")
     versions = [f"{name} {libraries[name]['version']}" for name in names if libraries.get(name)]
@@ -164,6 +169,7 @@ def pytest_collection_modifyitems(
     for item in items:
         if case := case_of(item):
             item.user_properties.append(("spec", case.spec.id))
+            config.stash[STATE].tally.called(case.adapter)
 
 
 # -- the session -----------------------------------------------------------------------------------
@@ -232,7 +238,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         state.report.set("ran", sum(verdict.ran for verdict in verdicts))
         collected = max(session.testscollected, state.tests)
         state.report.set("tests", {"collected": collected, "failed": session.testsfailed})
-        state.report.close(finished=exitstatus != pytest.ExitCode.INTERRUPTED)
+        # With -x the rest was not run.
+        state.report.close(finished=exitstatus in _ENDED and state.tests >= collected)
 
 
 def _exit_code(config: pytest.Config, state: State) -> int:
@@ -293,7 +300,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no CUDA device")
 
 
-def _cap(budget: int) -> None:
+def _cap(budget: int, device: str) -> None:
     """Hold this process to the budget, and each one that an implementation is judged in."""
     import os
 
@@ -301,7 +308,7 @@ def _cap(budget: int) -> None:
     from harness.measure.memory import GPU_BUDGET
 
     os.environ[GPU_BUDGET] = str(budget)
-    limit_gpu(budget)
+    limit_gpu(budget, device)
 
 
 __all__ = ["SpecCase", "parametrize_with_specs"]

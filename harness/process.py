@@ -8,22 +8,30 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from harness.report.words import plain
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
     from types import FrameType
-    from typing import Any
+    from typing import IO, Any
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 """What asks a run to end, beside Ctrl-C: the child takes them as that, and keeps what was done."""
 
 # The child must not inherit the ignored SIGINT: Python installs its own handler only over the default.
-_CHILD = (
-    "import signal, sys; h = signal.default_int_handler; signal.signal(signal.SIGINT, h); "
+_HEED = (
+    "import signal; h = signal.default_int_handler; signal.signal(signal.SIGINT, h); "
     "[signal.signal(s, h) for s in (signal.SIGTERM, signal.SIGHUP) "
     "if signal.getsignal(s) is not signal.SIG_IGN]; "
-    "from {module} import main; sys.exit(main(sys.argv[1]))"
 )
+
+
+def _command(module: str, request: Path, first: str = "") -> list[str]:
+    # It sees what this process sees; a folder called harness that happens to lie here is none.
+    path = f"import sys; sys.path[:] = {[p for p in sys.path if p]!r}; "
+    main = f"from {module} import main; sys.exit(main(sys.argv[1]))"
+    return [sys.executable, "-P", "-c", path + first + main, str(request)]
 
 
 def run(module: str, request: Path) -> int:
@@ -46,7 +54,7 @@ def run(module: str, request: Path) -> int:
     try:
         child.append(
             subprocess.Popen(
-                [sys.executable, "-c", _CHILD.format(module=module), str(request)],
+                _command(module, request, _HEED),
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},
             )
         )
@@ -63,14 +71,23 @@ def beside(module: str, request: Path) -> subprocess.Popen[bytes]:
     """Start one of our modules on a request, deaf to Ctrl-C: whoever started it ends it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # an ignored signal is inherited
     try:
-        return subprocess.Popen([sys.executable, "-m", module, str(request)])
+        return subprocess.Popen(_command(module, request))
     finally:
         signal.signal(signal.SIGINT, before)
 
 
+def last_words(errors: IO[str]) -> str:
+    """The last line of what a process wrote to a file, as the end of a sentence; "" where there is none."""
+    errors.seek(0)
+    said = [line.strip() for line in errors.read().splitlines() if line.strip()]
+    return f"; its last words: {plain(said[-1], limit=200)}" if said else ""
+
+
 def ending(code: int) -> str:
-    """An exit code in words: the signal's name, where it was one."""
-    try:
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    except ValueError:
+    """An exit code in words: the signal's name, where it was one. Of real-time signals few have one."""
+    if code >= 0:
         return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

@@ -1,8 +1,8 @@
 """How far a failure reaches: the kinds of layers at which it leaves in doubt what needs its spec.
 
-                       linear
-            ┌────────────┼───────────┐
-      fused_linear   embedding     conv2d
+                              linear
+            ┌────────────┬──────┴────┬──────────────┐
+      fused_linear   embedding     conv2d     quantized_base
                                      │
                                grouped_conv2d
 
@@ -20,7 +20,7 @@ from harness.case import LAYER_OF, Case
 if TYPE_CHECKING:
     from harness.judge import Result
 
-EVERY_KIND = frozenset(Capabilities.KNOWN["layers"])
+EVERY_KIND = frozenset({*Capabilities.KNOWN["layers"], "quantized_base"})
 
 _BELOW = {
     "linear": EVERY_KIND,
@@ -29,7 +29,7 @@ _BELOW = {
 
 
 def kind_of(case: Case) -> str:
-    """The kind of layer that a case adapts."""
+    """The kind of layer that a case adapts; it is claimed by that name."""
     return LAYER_OF.get(case.specimen, "linear")
 
 

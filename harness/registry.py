@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.adapter import FEATURE_METHODS, REQUIRED_METHODS, Adapter, Capabilities
 from harness.errors import UsageError
+from harness.failure import line
+from harness.report.words import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,12 +57,12 @@ def resolve(spec: str) -> Adapter:
 def check(adapter: Any, spec: str) -> Adapter:
     """The same adapter; raises UsageError on the first member that is not as the contract has it."""
     if isinstance(adapter, type):
-        raise _wrong(spec, f"returned the class {adapter.__name__}; return an instance of it")
+        raise _wrong(spec, f"is the class {adapter.__name__}; it must be an instance of it")
     for member in ("name", "version"):
-        value = getattr(adapter, member, None)
+        value = _member(adapter, member, spec)
         if not isinstance(value, str) or not value:
             raise _wrong(spec, f"`{member}` is {_told(adapter, member)}; it must be a string")
-    if not isinstance(getattr(adapter, "capabilities", None), Capabilities):
+    if not isinstance(_member(adapter, "capabilities", spec), Capabilities):
         told = _told(adapter, "capabilities")
         raise _wrong(spec, f"`capabilities` is {told}; it must be a harness.Capabilities")
     for method in REQUIRED_METHODS:
@@ -72,10 +74,18 @@ def check(adapter: Any, spec: str) -> Adapter:
     return checked
 
 
+def _member(adapter: Any, member: str, spec: str) -> Any:
+    """What the member is, None where it is missing; raises UsageError where asking for it raises."""
+    try:
+        return getattr(adapter, member, None)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a stranger's property raises
+        raise _wrong(spec, f"`{member}` raised {line(error)}") from None
+
+
 def _check_method(adapter: Any, method: str, spec: str, why: str) -> None:
     """Raise UsageError unless the method can be called the way the harness calls it."""
     form = f"{method}({ARGUMENTS[method]})"
-    call = getattr(adapter, method, None)
+    call = _member(adapter, method, spec)
     if call is None:
         raise _wrong(spec, f"`{method}` is missing; {why}: {form}")
     if not callable(call):
@@ -123,7 +133,7 @@ def _call(spec: str, module_name: str, attribute: str) -> Any:
         ) from None
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a stranger's module raises
         raise UsageError(
-            f"adapter {spec!r}: importing {module_name} raised {_line(error)}"
+            f"adapter {spec!r}: importing {module_name} raised {line(error)}"
         ) from None
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -141,7 +151,7 @@ def _call(spec: str, module_name: str, attribute: str) -> Any:
     try:
         return found()
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a stranger's factory raises
-        raise UsageError(f"adapter {spec!r}: the factory raised {_line(error)}") from None
+        raise UsageError(f"adapter {spec!r}: the factory raised {line(error)}") from None
 
 
 def _entry_points() -> dict[str, EntryPoint]:
@@ -156,11 +166,5 @@ def _wrong(spec: str, what: str) -> UsageError:
 def _told(adapter: Any, member: str) -> str:
     if not hasattr(adapter, member):
         return "missing"
-    text = " ".join(repr(getattr(adapter, member)).split())
+    text = plain(repr(getattr(adapter, member)))
     return text if len(text) <= 60 else f"a {type(getattr(adapter, member)).__name__}"
-
-
-def _line(error: BaseException) -> str:
-    """An exception in one line: its type and what it said."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -14,7 +14,10 @@ import threading
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
+from harness import registry
 from harness.errors import UsageError
+from harness.process import ending, last_words
+from harness.report.words import plain
 
 if TYPE_CHECKING:
     from harness.adapter import Adapter
@@ -45,6 +48,7 @@ class _Process(Protocol):
     answers: IO[str]
 
     def kill(self) -> None: ...
+    def ended(self) -> bool: ...
     def status(self) -> str: ...
 
 
@@ -66,6 +70,7 @@ class Spawned:
             text=True,
             encoding="utf-8",
             env={"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **os.environ},
+            start_new_session=True,
         )
         self.pid = self.process.pid
         assert self.process.stdin is not None
@@ -77,17 +82,19 @@ class Spawned:
         """End it, whatever it is doing."""
         with contextlib.suppress(OSError):
             self.requests.close()
+        _kill_group(self.pid)
         self.process.kill()
         self.process.wait()
-        self.answers.close()
         self.errors.close()
+
+    def ended(self) -> bool:
+        """Whether it is gone."""
+        return self.process.poll() is not None
 
     def status(self) -> str:
         """How it ended, and the last thing it said."""
         code = self.process.wait()
-        self.errors.seek(0)
-        said = [line.strip() for line in self.errors.read().splitlines() if line.strip()]
-        return _ending(code) + (f"; its last words: {said[-1][:200]}" if said else "")
+        return f"the process ended with {ending(code)}{last_words(self.errors)}"
 
 
 class Forked:
@@ -104,6 +111,7 @@ class Forked:
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
+            os.setsid()
             os.close(down_write)
             os.close(up_read)
             _serve_and_exit(adapter, down_read, up_write)
@@ -117,22 +125,27 @@ class Forked:
         """End it, whatever it is doing."""
         with contextlib.suppress(OSError):
             self.requests.close()
+        _kill_group(self.pid)
         if self.code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             self._wait()
-        self.answers.close()
+
+    def ended(self) -> bool:
+        """Whether it is gone."""
+        self._wait(os.WNOHANG)
+        return self.code is not None
 
     def status(self) -> str:
         """How it ended."""
         self._wait()
         assert self.code is not None
-        return _ending(self.code)
+        return f"the process ended with {ending(self.code)}"
 
-    def _wait(self) -> None:
+    def _wait(self, options: int = 0) -> None:
         if self.code is None:
-            _, status = os.waitpid(self.pid, 0)
-            self.code = os.waitstatus_to_exitcode(status)
+            pid, status = os.waitpid(self.pid, options)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
 
 
 def _serve_and_exit(adapter: Adapter, down: int, up: int) -> None:
@@ -153,6 +166,13 @@ def _serve_and_exit(adapter: Adapter, down: int, up: int) -> None:
         os._exit(code)
 
 
+def _kill_group(leader: int) -> None:
+    """End what an implementation has started, too: a child holds the pipe that its answers come by."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(leader, signal.SIGKILL)
+
+
 def _cpu_seconds(pid: int) -> float:
     """Processor time that a process and its children have used; 0 once it is gone."""
     import psutil
@@ -163,15 +183,6 @@ def _cpu_seconds(pid: int) -> float:
     except psutil.Error:
         return 0.0
     return float(sum(t.user + t.system for t in times))
-
-
-def _ending(code: int) -> str:
-    if code < 0:
-        name = (
-            signal.Signals(-code).name if -code in signal.Signals._value2member_map_ else str(-code)
-        )
-        return f"the process was ended by {name}"
-    return f"the process exited with {code}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +211,9 @@ class Session:
         self._met = False
         self._ended = False
         self.named = isinstance(adapter, str)
-        self.spelling = adapter if isinstance(adapter, str) else f"<{adapter.name}>"
+        if not isinstance(adapter, str):
+            registry.check(adapter, str(getattr(adapter, "name", type(adapter).__name__)))
+        self.spelling = adapter if isinstance(adapter, str) else f"<{plain(adapter.name)}>"
         """How a command names the implementation."""
 
     def __enter__(self) -> Self:
@@ -229,7 +242,7 @@ class Session:
         except (BrokenPipeError, OSError):
             pass  # it is dead; the reader says how
         try:
-            line = self._wait(process.pid, limit)
+            line = self._wait(process, limit)
         except queue.Empty:
             self.close()
             return Lost("hang", f"no answer within {limit:g} s")
@@ -240,15 +253,15 @@ class Session:
         answer: dict[str, Any] = json.loads(line)
         if "usage" in answer:
             self.close()
-            raise UsageError(answer["usage"])
+            raise UsageError(plain(answer["usage"], limit=1000))
         return answer
 
     def _imported(self) -> dict[str, Any] | Lost:
         """The answer of a process that was started anew, once it has imported the implementation."""
         return self.ask({"do": "describe"}, limit=0)
 
-    def _wait(self, pid: int, limit: float) -> str | None:
-        """The next line; raises `queue.Empty` when the process has had its time.
+    def _wait(self, process: _Process, limit: float) -> str | None:
+        """The next line, None where there is none to come; `queue.Empty` when it has had its time.
 
         On a machine with more work than cores a process that is at work may need more time than the
         limit to be given that much: it is let go on while it computes, up to `STARVED` times as long.
@@ -257,17 +270,31 @@ class Session:
         first = min(limit, AT_ONCE)
         with contextlib.suppress(queue.Empty):
             return self._lines.get(timeout=first)
-        started = _cpu_seconds(pid)
+        started = _cpu_seconds(process.pid)
         for round_ in range(STARVED):
-            before = _cpu_seconds(pid)
+            before = _cpu_seconds(process.pid)
             wait = limit - first if round_ == 0 else limit
             try:
-                return self._lines.get(timeout=wait)
+                return self._line(process, wait)
             except queue.Empty:
-                now = _cpu_seconds(pid)
+                now = _cpu_seconds(process.pid)
                 idle = now - before < AT_WORK * wait
                 if idle or now - started >= limit or round_ == STARVED - 1:
                     raise
+        raise queue.Empty
+
+    def _line(self, process: _Process, wait: float) -> str | None:
+        """The next line within some seconds; None where the process has ended.
+
+        The pipe does not always tell: a child that the implementation left behind keeps it open.
+        """
+        for left in (*[AT_ONCE] * int(wait // AT_ONCE), wait % AT_ONCE):
+            ended = process.ended()  # before the look: what it said last is there then, or never
+            try:
+                return self._lines.get(timeout=AT_ONCE if ended else left)
+            except queue.Empty:
+                if ended:
+                    return None
         raise queue.Empty
 
     def close(self) -> None:
@@ -290,7 +317,7 @@ class Session:
         self._lines = lines
 
         def read() -> None:
-            with contextlib.suppress(ValueError, OSError):
+            with contextlib.suppress(ValueError, OSError), process.answers:
                 for line in process.answers:
                     lines.put(line)
             lines.put(None)

@@ -199,8 +199,11 @@ FAMILIES = (
 def select(only: Sequence[str], tier: Tier = "core") -> dict[str, Spec]:
     """The specs of a tier or, where ids or families are named, exactly those, of any tier.
 
-    Raises `UsageError` on a name that matches nothing.
+    Raises `UsageError` on a name that matches nothing, and on a tier that there is not.
     """
+    if tier not in TIERS:
+        raise UsageError(f"--tier {tier}: no such tier; give {', '.join(TIERS)}")
+    only = [only] if isinstance(only, str) else only  # a string is a sequence of letters
     known = catalogue()
     if not only:
         wanted = TIERS[: TIERS.index(tier) + 1]

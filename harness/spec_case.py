@@ -38,12 +38,12 @@ class SpecCase:
         """
         __tracebackhide__ = True
         with contextlib.ExitStack() as stack:
-            stack.enter_context(usage_errors())
             if ACTIVE:
                 state = ACTIVE[-1]
             else:
                 state = State(None)
                 stack.callback(state.tally.close)
+            stack.enter_context(usage_errors(ends=state.tells))
             result, row = state.tally.result(self.adapter, self.tier, self.spec)
             state.pending.append(row)
         if result.outcome == "failed":

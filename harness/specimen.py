@@ -78,7 +78,7 @@ def shape_of(case: Case) -> tuple[int, ...]:
 
 def is_linear(case: Case) -> bool:
     """Whether the base is one linear operation, whose outputs have an elementwise budget."""
-    return case.specimen in {*LAYER_OF, "linear", "bare", "nf4"}
+    return case.specimen in {*LAYER_OF, "linear", "bare"}
 
 
 def targets(case: Case) -> tuple[str, ...] | str:

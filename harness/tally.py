@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import UsageError
 from harness.failure import Failure
 from harness.judge import Judge, Points, Result
+from harness.report.words import OUTCOMES, plain
 from harness.session import Session
 from harness.verdict import Verdict, summary
 
@@ -31,6 +33,23 @@ class Tally:
         self.named: dict[str, dict[str, str]] = {}
         """Name and version of each implementation, by how it was spelled."""
         self._found: dict[str, dict[str, Result]] = {}
+        self._called: dict[Key, str] = {}
+        self._unusable: dict[Key, str] = {}
+        """Why an implementation cannot be had: to find that out once takes long enough."""
+
+    def called(self, adapter: str | Adapter) -> str:
+        """How a run calls an implementation: as it was spelled, or its name; numbered where that is taken.
+
+        To be asked in the order of collection first, which is the same in every test process.
+        """
+        key = _key(adapter)
+        if key not in self._called:
+            name = adapter if isinstance(adapter, str) else plain(getattr(adapter, "name", adapter))
+            number = 1
+            while (told := name if number == 1 else f"{name} #{number}") in self._called.values():
+                number += 1
+            self._called[key] = told
+        return self._called[key]
 
     def judge(self, adapter: str | Adapter, tier: Tier) -> Judge:
         """The judge of one implementation in one tier, started when first asked for.
@@ -39,14 +58,19 @@ class Tally:
         """
         from harness import known
 
-        # An adapter is kept by its session, so that its id stays its own.
-        key: Key = adapter if isinstance(adapter, str) else id(adapter)
+        key = _key(adapter)
+        if key in self._unusable:
+            raise UsageError(self._unusable[key])
         if (key, tier) not in self._judges:
-            session = self._sessions.setdefault(key, Session(adapter))
-            made = Judge(session, Points(None, self._model, self._device, None, tier))
+            try:
+                session = self._sessions.setdefault(key, Session(adapter))
+                made = Judge(session, Points(None, self._model, self._device, None, tier))
+            except UsageError as error:
+                self._unusable[key] = str(error)
+                raise
             made.known = known.built_in(made.name, made.version)
             self._judges[key, tier] = made
-            self.named[spelled(adapter)] = {"name": made.name, "version": made.version}
+            self.named[self.called(adapter)] = {"name": made.name, "version": made.version}
         return self._judges[key, tier]
 
     def result(self, adapter: str | Adapter, tier: Tier, item: Spec) -> tuple[Result, str]:
@@ -54,11 +78,11 @@ class Tally:
         judge = self.judge(adapter, tier)
         result = judge.result(item)
         judge.diagnose(result)
-        name = spelled(adapter)
+        name = self.called(adapter)
         return result, json.dumps([name, self.named[name], result.as_dict()])
 
     def take(self, row: str) -> dict[str, Any]:
-        """Enter a row, in the place of an earlier one of the same spec; returns it as a report has it."""
+        """Enter a row, of two of one spec the worse; returns it as a report has it."""
         name, named, found = json.loads(row)
         self.named[name] = named
         plain = ("spec", "level", "outcome", "cases", "notes", "seconds")
@@ -67,7 +91,10 @@ class Tally:
             for failure in found["failures"]
         ]
         result = Result(**{key: found[key] for key in plain}, failures=failures)
-        self._found.setdefault(name, {})[result.spec] = result
+        of_name = self._found.setdefault(name, {})
+        # Of two tiers, one may fail where the other passes.
+        both = (result, of_name.get(result.spec, result))
+        of_name[result.spec] = min(both, key=lambda one: list(OUTCOMES).index(one.outcome))
         return {**found, "adapter": name}
 
     def verdicts(self) -> dict[str, Verdict]:
@@ -97,6 +124,6 @@ class Tally:
             session.close()
 
 
-def spelled(adapter: str | Adapter) -> str:
-    """How a run calls an implementation."""
-    return adapter if isinstance(adapter, str) else adapter.name
+def _key(adapter: str | Adapter) -> Key:
+    # An adapter is kept by its tests and by its session, so that its id stays its own.
+    return adapter if isinstance(adapter, str) else id(adapter)

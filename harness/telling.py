@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.case import Case
 from harness.console import table, wrapped
@@ -42,16 +42,24 @@ def check_command(args: argparse.Namespace) -> int:
     case = None if args.case is None else Case.parse(args.case)
     if case is not None and len(select(args.only)) != 1:
         raise UsageError("--case: name the one spec to judge with --only ID")
+    if case is not None and (args.model or args.device or args.dtype or args.seed):
+        raise UsageError(
+            "--case: it is one whole point; leave out --model, --device, --dtype and --seed"
+        )
     live = sys.stdout.isatty()
     # What was asked stands before anything is judged: a killed run is compared by it.
     asked = {
         "model": args.model,
         "tier": args.tier,
         "device": case.device if case else args.device or "cpu",
-        "dtype": args.dtype,
-        "seed": args.seed,
+        "dtype": case.dtype if case else args.dtype,
+        "seed": case.seed if case else args.seed,
     }
     with Recorder(args.json, kind="check", spec_version=SPEC_VERSION, **asked) as report:
+
+        def on_trial(named: dict[str, str], environment: dict[str, Any]) -> None:
+            report.set("adapter", named)
+            report.set("environment", environment)
 
         def progress(result: Result) -> None:
             report.add("results", result.as_dict())
@@ -70,12 +78,11 @@ def check_command(args: argparse.Namespace) -> int:
             known=args.known,
             explore=args.explore,
             limit=args.limit,
-            on_trial=lambda named: report.set("adapter", named),
+            on_trial=on_trial,
             progress=progress,
         )
         for key, value in verdict.as_dict().items():
-            if key != "environment":
-                report.set(key, value)
+            report.set(key, value)
     if live:
         print("\r\x1b[K", end="")
     print(tell(verdict))

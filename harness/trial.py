@@ -132,8 +132,9 @@ class Trial:
         return model
 
     def unmerged(self, model: nn.Module) -> None:
-        """Eval mode; train mode where `eval()` is what merges."""
-        model.train(bool(getattr(self.adapter, "eval_merges", False)))
+        """Eval mode; train mode where `eval()` merges or, in four bits on a CPU, rounds to bfloat16."""
+        merges = bool(getattr(self.adapter, "eval_merges", False))
+        model.train(merges or self.case.specimen == "nf4")
 
     def factors(self, model: nn.Module) -> dict[str, list[Factors]]:
         """The live factors, checked: known modules, whole, of shapes that fit."""

@@ -95,10 +95,10 @@ def check(
     device: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
-    known: Path | None = None,
+    known: Path | str | None = None,
     explore: bool = False,
     limit: float = LIMIT,
-    on_trial: Callable[[dict[str, str]], None] | None = None,
+    on_trial: Callable[[dict[str, str], dict[str, Any]], None] | None = None,
     progress: Callable[[Result], None] | None = None,
 ) -> Verdict:
     """A verdict on one implementation, in a process of its own, or two at once for a whole tier.
@@ -115,7 +115,8 @@ def check(
         known: a file of known failures, instead of those that come with the harness.
         explore: search at random for counterexamples and note them; never changes the verdict.
         limit: seconds a spec may take.
-        on_trial: called with the implementation's name and version before the first spec.
+        on_trial: called before the first spec, with the implementation's name and version and with the
+            fingerprint of machine and libraries.
         progress: called with each result as it arrives.
 
     Raises:
@@ -134,8 +135,9 @@ def check(
             session, Points(case, model, device, dtype, tier, seed), limit=limit, explore=explore
         )
         adapter_named = {"name": judge.name, "version": judge.version}
+        surroundings = environment.collect() | judge.environment
         if on_trial:
-            on_trial(adapter_named)
+            on_trial(adapter_named, surroundings)
         entries = (
             known_failures.built_in(judge.name, judge.version)
             if known is None
@@ -165,7 +167,7 @@ def check(
         results=results,
         unclaimed=unclaimed,
         unjudged=silent,
-        environment=environment.collect(),
+        environment=surroundings,
         tier=tier,
     )
 

@@ -3,7 +3,7 @@
 An implementation may patch torch for all, print, hang or take the process down; here it can. What it
 prints goes to standard error, so that only answers travel on the pipe.
 
-    {"do": "describe"}                                 -> name, version, capabilities
+    {"do": "describe"}                                 -> name, version, capabilities, torch's facts
     {"do": "prepare"}                                  -> a fresh process is started, for later
     {"do": "judge", "spec": id, "case": text}          -> failure or null, margins, notes
     {"do": "search", "spec": id, "explore": bool}      -> the same, the case found by hypothesis
@@ -18,14 +18,16 @@ import os
 import sys
 import time
 import warnings
+from functools import cache
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
-from harness import fresh
+from harness import environment, fresh
 from harness.case import LAYER_SPECIMENS, Case
 from harness.errors import UsageError
-from harness.failure import Broken, NotRun, Refused, raised
+from harness.failure import Broken, NotRun, Refused, of_the_harness, raised
 from harness.measure.memory import heed_gpu_budget
+from harness.reach import kind_of
 from harness.spec import Spec, catalogue
 
 if TYPE_CHECKING:
@@ -48,11 +50,9 @@ def serve(adapter: Adapter, requests: IO[str], answers: IO[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    _settle_the_card()
     # Judging makes and drops modules by the thousand: collecting every 700 is a tenth of its time.
     gc.set_threshold(50_000)
     warnings.simplefilter("ignore")
-    heed_gpu_budget()
     specs = catalogue()
     for line in requests:
         request = json.loads(line)
@@ -66,8 +66,11 @@ def serve(adapter: Adapter, requests: IO[str], answers: IO[str]) -> None:
         answers.flush()
 
 
-def _settle_the_card() -> None:
-    """Take the kernels that round as was asked for and repeat bit for bit: which, no adapter chooses.
+@cache
+def ready(device: str) -> None:
+    """Before the first tensor on a card: hold to the budget, and settle which kernels are taken.
+
+    Those that round as was asked for and repeat bit for bit: which, no adapter chooses.
 
     A float32 product in TensorFloat32 rounds to 11 bits, and a sum may be taken in half precision; the
     fused attentions and some convolutions add their gradients up in any order (torch's notes on
@@ -75,8 +78,9 @@ def _settle_the_card() -> None:
     """
     import torch
 
-    if not torch.cuda.is_available():
+    if device == "cpu" or not torch.cuda.is_available():
         return
+    heed_gpu_budget(device)
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     matmul.allow_tf32 = cudnn.allow_tf32 = False
     matmul.allow_bf16_reduced_precision_reduction = False
@@ -93,12 +97,15 @@ def answer(adapter: Adapter, specs: dict[str, Spec], request: dict[str, Any]) ->
         import torch
 
         c = adapter.capabilities
-        cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        # A copy of a process that has asked for its cards cannot use them.
+        reached = torch.cuda.is_available() and not torch.cuda._is_in_bad_fork()  # noqa: SLF001
+        cards = torch.cuda.device_count() if reached else 0
         return {
             "devices": ["cpu", *(["cuda"] if cards else []), *(f"cuda:{k}" for k in range(cards))],
             "name": adapter.name,
             "version": adapter.version,
             "capabilities": {name: sorted(getattr(c, name)) for name in c.KNOWN},
+            "environment": environment.of_torch(),
             "methods": [name for name in dir(adapter) if callable(getattr(adapter, name, None))],
         }
     if request["do"] == "prepare":
@@ -120,13 +127,14 @@ def judge(
     adapter: Adapter, item: Spec, case: Case
 ) -> tuple[Broken | NotRun | None, list[Margin], list[str]]:
     """Judge one spec at one case: what is broken, or None; margins; notes."""
-    import torch
-
+    from harness import surroundings
     from harness.seeding import seed_all
     from harness.trial import Trial
 
+    ready(case.device)
     _set_modules_aside()
     seed_all(case.seed)
+    around = surroundings.look()
     trial = Trial(adapter, case)
     broken: Broken | NotRun | None = None
     try:
@@ -135,13 +143,16 @@ def judge(
         broken = found
     except Refused as refused:
         trial.notes.append(f"vacuous: {refused}")
-    except (KeyboardInterrupt, UsageError):
+    except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001  # SystemExit too: whatever it raises is a failure
+    except BaseException as error:  # SystemExit too: whatever it raises is a failure
+        if isinstance(error, UsageError) and of_the_harness(error):
+            raise
         broken = raised(error)
     finally:
         trial.close_folders()
-        torch.set_grad_enabled(True)
+        for what, now in surroundings.put_back(around).items():
+            trial.notes.append(f"left {what} at {now}; put back")
         if case.device != "cpu" or case.specimen not in SMALL:
             gc.collect()  # a large model in a ring of references would wait for the next case's
     return broken, trial.margins, trial.notes
@@ -214,11 +225,9 @@ def search(
 
 
 def claimed(case: Case, capabilities: Any) -> bool:
-    """Whether a case asks only for what is claimed: its specimen's layer kind and its dtype."""
-    from harness.case import LAYER_OF
-
-    layer = LAYER_OF.get(case.specimen, "linear")
-    return layer in capabilities.layers and case.dtype in capabilities.dtypes
+    """Whether a case asks only for what is claimed: its specimen's kind of layer and its dtype."""
+    kinds = capabilities.layers | capabilities.features
+    return kind_of(case) in kinds and case.dtype in capabilities.dtypes
 
 
 def main(adapter_name: str) -> int:

@@ -97,7 +97,7 @@ def disturb(model: nn.Module, *, seed: int, all_of_it: bool = False) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             trained = parameter.requires_grad and not name.endswith("lora_gate.weight")
-            if all_of_it or trained:
+            if (all_of_it or trained) and parameter.is_floating_point():
                 parameter.add_(torch.randn(parameter.shape, generator=g).to(parameter))
 
 
@@ -115,13 +115,13 @@ def disturb(model: nn.Module, *, seed: int, all_of_it: bool = False) -> None:
         "https://github.com/huggingface/peft/pull/1147",
     ),
     needs=("forward/equals-oracle",),
-    cases=(Case(specimen="stack"), Case(specimen="embedding"), Case(specimen="conv2d")),
+    cases=tuple(Case(specimen=s) for s in ("stack", "embedding", "conv2d", "nf4")),
 )
 def only_lora(trial: Trial) -> None:
     """Compare every entry with every tensor of a base in which none is constant."""
     base = trial.base()
     disturb(base, seed=5, all_of_it=True)
-    frozen = {name: p.detach().clone() for name, p in base.named_parameters()}
+    frozen = {name: held.clone() for name, held in base.state_dict().items()}
     model = trial.adapted(base)
     state = tensors(trial.adapter.state_dict(model))
     for key, value in state.items():
@@ -166,6 +166,7 @@ def _storage_bytes(found: Any) -> int:
     cases=(
         *KINDS,
         Case(way="lora_bias"),
+        Case(specimen="nf4"),
     ),
 )
 def complete(trial: Trial) -> None:
@@ -229,7 +230,7 @@ def _undoes(trial: Trial, config: LoraConfig) -> None:
     why="Saving is not training: what was evaluated must be what is deployed.",
     source=("BUGS 64, 66; P3", "https://github.com/pytorch/torchtune/issues/907"),
     needs=("checkpoint/complete",),
-    cases=(*KINDS, Case(shape=(5, 5), r=5)),
+    cases=(*KINDS, Case(shape=(5, 5), r=5), Case(specimen="nf4")),
 )
 def round_trip_bits(trial: Trial) -> None:
     """Two models in one process; the second starts from other factors."""

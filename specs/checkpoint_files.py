@@ -113,6 +113,7 @@ def _unreadable(path: Path) -> str:
         Case(specimen="embedding"),
         Case(specimen="conv2d"),
         Case(specimen="fused"),
+        Case(specimen="nf4"),
         Case(specimen="stack", way="modules_to_save"),
         Case(specimen="stack", way="one-layer"),
         Case(way="another-base"),

@@ -146,10 +146,13 @@ def child(folder: str, case: str, act: str, name: str) -> None:
 
     from harness.registry import resolve
     from harness.trial import Trial
+    from harness.worker import ready
 
     torch.set_num_threads(1)
+    point = Case.parse(case)
+    ready(point.device)
     at = Path(folder)
     # Its own pickle, written a moment ago.
     adapter = resolve(name) if name else pickle.loads((at / "adapter.pkl").read_bytes())  # noqa: S301
     known = {function.__name__: function for function in (_load_and_call, _save_there)}
-    known[act](Trial(adapter, Case.parse(case)), at)
+    known[act](Trial(adapter, point), at)

@@ -62,8 +62,7 @@ def dropout_off_in_eval(trial: Trial) -> None:
     cases=(
         Case(shape=(16, 20), r=16, dropout=0.3),
         Case(shape=(16, 20), r=16, dropout=0.75),
-        Case(specimen="conv2d", dropout=0.5),
-        Case(specimen="fused-all", dropout=0.5),
+        *(Case(specimen=s, dropout=0.5) for s in ("conv2d", "fused-all", "nf4")),
     ),
 )
 def dropout_on_in_train(trial: Trial) -> None:
@@ -109,7 +108,7 @@ def dropout_on_in_train(trial: Trial) -> None:
         Case(),
         Case(specimen="bare", r=13),
         *(Case(dtype=d) for d in ("bfloat16", "float16", "float64")),
-        *(Case(specimen=s) for s in ("embedding", "conv2d", "grouped", "fused")),
+        *(Case(specimen=s) for s in ("embedding", "conv2d", "grouped", "fused", "nf4")),
     ),
 )
 def gradients(trial: Trial) -> None:
@@ -251,7 +250,7 @@ def _frozen(
     ),
     needs=("forward/dropout-on-in-train", "forward/gradients"),
     features=("dropout",),
-    cases=tuple(Case(specimen=s, dropout=0.4) for s in ("linear", "conv2d", "fused")),
+    cases=tuple(Case(specimen=s, dropout=0.4) for s in ("linear", "conv2d", "fused", "nf4")),
 )
 def dropout_gradients(trial: Trial) -> None:
     """Judge by differences, which are exact: for one mask the output is affine in each variable."""

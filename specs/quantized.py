@@ -12,6 +12,7 @@ from harness.spec import spec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from harness.oracle import Snapshot
     from harness.trial import Trial
 
 QLORA = "QLoRA, https://arxiv.org/abs/2305.14314"
@@ -63,10 +64,10 @@ def forward_equals_dequantised_oracle(trial: Trial) -> None:
     x = trial.inputs()
     model = trial.adapted()
     factors = trial.snapshot(model)
-    base = _dense(trial)
+    base = trial.base()
     truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
 
-    trial.close(_call(trial, model, x), truth, budget, "output on the dequantised base")
+    trial.close(trial.call(model, x), truth, budget, "output on the dequantised base")
 
 
 @spec(
@@ -92,7 +93,7 @@ def base_bits_unchanged(trial: Trial) -> None:
     kept = {name: tensor.clone() for name, tensor in held.items()}
     model = trial.inject(base)
     one_layer.silence(trial, model)
-    silent = _call(trial, model, x)
+    silent = trial.call(model, x)
     before = trial.randomize(model)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.5)
@@ -107,7 +108,7 @@ def base_bits_unchanged(trial: Trial) -> None:
     for name, tensor in held.items():
         trial.same_bits(tensor, kept[name], f"the base's {name} after training")
     one_layer.silence(trial, model)
-    trial.same_bits(_call(trial, model, x), silent, "outputs after training, with zero factors")
+    trial.same_bits(trial.call(model, x), silent, "outputs after training, with zero factors")
 
 
 @spec(
@@ -122,10 +123,57 @@ def base_bits_unchanged(trial: Trial) -> None:
 )
 def merge_error_bounded(trial: Trial) -> None:
     """Judge every weight, by what the merged layer makes of the unit vectors."""
-    import torch
-
     from harness import oracle, tolerance
 
+    merged = _merged(trial)
+    if merged is None:
+        return
+    model, factors = merged
+    base, units, W, rounding = _weights(trial, factors)
+    W += oracle.delta(base.proj, factors["proj"])
+    budget = tolerance.requantised(W).T.to(rounding.device) + rounding
+    truth = trial.truth(base, factors, units)
+    trial.close(trial.call(model, units), truth, budget, "merged weight, by unit vectors")
+
+
+@spec(
+    "quantized/unmerge-error-bounded",
+    claim="Unmerging from a 4-bit base MUST give W again within what rounding to four bits twice takes, "
+    "or raise; and the factors act as before.",
+    why="A base that keeps an update, or loses one, after an evaluation is trained on as another base.",
+    source=(QLORA, "BUGS 38; P5", "https://github.com/huggingface/peft/pull/3166"),
+    needs=("quantized/merge-error-bounded", "merge/restores-base"),
+    features=("quantized_base", "merge", "unmerge"),
+    cases=(Case(specimen="nf4"),),
+    more_cases=(Case(specimen="nf4", dtype="bfloat16"), Case(specimen="nf4", r=13, alpha=2.0)),
+)
+def unmerge_error_bounded(trial: Trial) -> None:
+    """Judge every weight after a cycle, with the factors silent and with them."""
+    from harness import oracle, tolerance
+
+    merged = _merged(trial)
+    if merged is None:
+        return
+    model, factors = merged
+    adapter: Any = trial.adapter
+    try:
+        adapter.unmerge(model)
+    except Exception as error:  # noqa: BLE001  # refusing is right
+        trial.notes.append(f"unmerging from four bits raises {type(error).__name__}")
+        return
+    base, units, W, rounding = _weights(trial, factors)
+    into = tolerance.requantised(W + oracle.delta(base.proj, factors["proj"]))
+    out = tolerance.requantised(W.abs() + into)  # what is rounded again is off by that already
+    budget = (into + out).T.to(rounding.device) + 2 * rounding
+    truth = trial.truth(base, factors, units)
+    trial.close(trial.call(model, units), truth, budget, "weight after a cycle, by unit vectors")
+    one_layer.silence(trial, model)
+    plain = trial.truth(base, {}, units)
+    trial.close(trial.call(model, units), plain, budget, "base's weight after a cycle")
+
+
+def _merged(trial: Trial) -> tuple[nn.Module, Snapshot] | None:
+    """An adapted model, merged, and its factors; None, and noted, where that is refused."""
     model = trial.inject()
     factors = trial.randomize(model, effect=2.0)
     adapter: Any = trial.adapter
@@ -133,35 +181,20 @@ def merge_error_bounded(trial: Trial) -> None:
         adapter.merge(model)
     except Exception as error:  # noqa: BLE001  # refusing is right
         trial.notes.append(f"merging into four bits raises {type(error).__name__}")
-        return
-    base: Any = _dense(trial)
-    units = torch.eye(base.proj.in_features, dtype=trial.dtype, device=trial.case.device)
-    W = base.proj.weight.detach().double().cpu() + oracle.delta(base.proj, factors["proj"])
-    truth, rounding = trial.truth(base, factors, units), trial.budget(base, factors, units)
-
-    budget = tolerance.requantised(W).T.to(rounding.device) + rounding
-    trial.close(_call(trial, model, units), truth, budget, "merged weight, by unit vectors")
+        return None
+    return model, factors
 
 
-def _dense(trial: Trial) -> nn.Module:
-    """The base with its dequantised weight in a `nn.Linear`."""
+def _weights(trial: Trial, factors: Snapshot) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """The base, its unit vectors, its dequantised W in float64, and an output's own rounding."""
     import torch
 
     from harness import oracle
-    from harness.specimen_models import One
 
     base: Any = trial.base()
-    weight = oracle.weight_of(base.proj)
-    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], dtype=trial.dtype)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(base.proj.bias)
-    return One(layer).to(trial.case.device)
-
-
-def _call(trial: Trial, model: nn.Module, x: Tensor) -> Tensor:
-    """Outputs in train mode: in eval mode bitsandbytes repacks a CPU's weights and computes in bfloat16."""
-    return trial.call(model.train(), x)
+    units = torch.eye(base.proj.in_features, dtype=trial.dtype, device=trial.case.device)
+    W = oracle.weight_of(base.proj).detach().double().cpu()
+    return base, units, W, trial.budget(base, factors, units)
 
 
 def _weight(base: Any) -> Any:

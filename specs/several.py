@@ -36,6 +36,7 @@ DESIGN = "DESIGN.md, multi_adapter"
         Case(specimen="conv2d"),
         Case(specimen="stack"),
         Case(dtype="bfloat16"),
+        Case(specimen="nf4"),
     ),
     more_cases=(Case(specimen="tiny"), Case(specimen="tiny-gqa")),
 )

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         Case(specimen="conv2d"),
         Case(specimen="stack", way="mixed"),
         Case(dtype="bfloat16"),
+        Case(specimen="nf4"),
     ),
     more_cases=(Case(specimen="tiny-gqa"),),
 )

@@ -124,6 +124,7 @@ def _acts(trial: Trial, model: nn.Module) -> dict[str, Callable[[], object]]:
         *(Case(way=way) for way in CALLS),
         Case(specimen="embedding", dtype="bfloat16", way="cycle"),
         Case(specimen="stack", way="disable"),
+        *(Case(specimen="nf4", way=way) for way in ("save", "disable")),
         *(Case(specimen="normed", way=way) for way in ("save", "disable", "cycle")),
     ),
 )
@@ -169,6 +170,40 @@ def read_only_calls(trial: Trial) -> None:
                 )
         if way != "cycle":
             trial.same_bits(trial.call(model, given), want, f"output after {way}, in {state}")
+
+
+@spec(
+    "state/surroundings-left-alone",
+    claim="Injecting, calling, saving, loading, disabling and merging SHOULD leave torch's default dtype, "
+    "default device, gradient mode and deterministic mode, and the working folder, as they were.",
+    why="What is set for a whole process and not put back changes every model that is made after it.",
+    source=("https://docs.pytorch.org/docs/stable/generated/torch.set_default_dtype.html",),
+    needs=("state/read-only-calls",),
+    cases=(Case(),),
+)
+def surroundings_left_alone(trial: Trial) -> None:
+    """Look around before and after each call."""
+    from harness import surroundings
+
+    adapter: Any = trial.adapter
+    before = surroundings.look()
+
+    def left_alone(what: str) -> None:
+        for name, now in surroundings.put_back(before).items():
+            fail(
+                "state",
+                expected=f"{name} as it was before {what}: {before[name]}",
+                actual=str(now),
+            )
+
+    model = trial.adapted()
+    left_alone("inject")
+    acts = {"a call": lambda: trial.call(model, trial.inputs()), **_acts(trial, model)}
+    if trial.claims("merge"):
+        acts["merge"] = lambda: adapter.merge(model)
+    for what, act in acts.items():
+        act()
+        left_alone(what)
 
 
 @spec(

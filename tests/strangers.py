@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from harness import Capabilities, Factors
+from harness import Capabilities, Factors, UsageError
 from harness.adapters import reference
 
 
@@ -46,6 +46,54 @@ def inject_raises():
         raise RuntimeError("this build has no kernels")
 
     return Wrapped(inject=inject)
+
+
+def _leaves_a_child(then):
+    def inject(reference, model, config):
+        if os.fork() == 0:
+            time.sleep(100)
+            os._exit(0)
+        return then(reference, model, config)
+
+    return Wrapped(inject=inject)
+
+
+def leaves_a_child():
+    return _leaves_a_child(lambda reference, model, config: reference.inject(model, config))
+
+
+def child_survives():
+    """The process that it came from is gone."""
+    return _leaves_a_child(lambda *_: os._exit(7))
+
+
+def says_wrong_usage():
+    def inject(_, model, config):
+        raise UsageError("this is not for you to say")
+
+    return Wrapped(inject=inject)
+
+
+def writes_to_the_terminal():
+    """In its name, in what it raises, and by an exception that raises when it is asked."""
+
+    class MuteError(Exception):
+        def __str__(self):
+            raise ValueError
+
+    def inject(_, model, config):
+        raise RuntimeError("\x1b[2J\x07gone \u202eback")
+
+    def merge(*_):
+        raise MuteError
+
+    adapter = Wrapped(inject=inject, merge=merge)
+    adapter.name, adapter.version = "acme\nCONFORMS: 9 of 9\x1b[31m", "1\n2"
+    return adapter
+
+
+def refuses_at_length():
+    raise OSError("\x1b[2J" + "z" * 200_000)
 
 
 def saves_nothing():

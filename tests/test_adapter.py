@@ -174,6 +174,11 @@ def test_capabilities_take_any_collection_of_known_names():
     [
         ({"features": {"mrege"}}, "capabilities.features: unknown mrege; known are merge, unmerge"),
         ({"layers": "linear"}, "capabilities.layers must be a set of names, not 'linear'"),
+        ({"features": {"unmerge"}}, "capabilities.features: unmerge needs merge; claim both"),
+        (
+            {"features": {"combine"}},
+            "capabilities.features: combine needs multi_adapter; claim both",
+        ),
     ],
 )
 def test_capabilities_nobody_knows_raise(fields, line):

@@ -9,18 +9,22 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from harness import base, phi3, registry
 from harness.cli import main, parser
 from harness.errors import UsageError
-from harness.measure import claims, process, resume
+from harness.measure import claims, clock, paired, process, resume
 from harness.measure.bench import _excused
 from harness.measure.bench import command as bench_command
-from harness.measure.cell import Cell, grid
+from harness.measure.cell import Cell, _model_settings, grid
 from harness.measure.counters import counting
+from harness.measure.memory import require_room
 from harness.measure.phases import PHASES
 from harness.report import schema
 from harness.report.compare import compare
@@ -68,6 +72,12 @@ def test_the_grid_has_each_combination_and_its_baselines():
 
 
 @pytest.mark.parametrize("axis", list(AXES))
+def test_a_value_given_twice_is_run_once(axis):
+    """The cell is the same."""
+    assert grid(**{**AXES, axis: 2 * AXES[axis]}) == grid(**AXES)
+
+
+@pytest.mark.parametrize("axis", list(AXES))
 def test_a_grid_with_no_cell_is_wrong_usage(axis):
     """Whichever axis is empty."""
     with pytest.raises(UsageError, match=r"^the grid has no cell"):
@@ -90,8 +100,24 @@ def test_a_grid_with_no_cell_is_wrong_usage(axis):
         (["--aa", "--rank", ""], "--rank: is empty; give --aa one value"),
         (["--aa", "--rank", "2,4"], "--rank 2,4: --aa times one point; give one value"),
         (
+            ["--aa", "--rank", "2", "--rank", "4"],
+            "--rank 2,4: --aa times one point; give one value",
+        ),
+        (
             ["--against", "peft", "--repeats", "3"],
             "--repeats: is of the grid, not of a pair; leave it out of --against",
+        ),
+        *(
+            (
+                [option, value],
+                f"{option}: is of a pair, not of the grid; add --against ADAPTER, or --aa",
+            )
+            for option, value in (
+                ("--python", "python"),
+                ("--against-python", "python"),
+                ("--seconds", "5"),
+                ("--margin", "0.1"),
+            )
         ),
         (
             ["--aa", "--checkpointing", "on"],
@@ -105,6 +131,18 @@ def test_wrong_usage_is_one_line_and_exit_2(capsys, arguments, line):
 
     assert code == 2
     assert capsys.readouterr().err == f"lora-harness bench: {line}\n"
+
+
+def test_the_margin_s_help_tells_what_lies_between(capsys):
+    """From half of it on a change may be called worse: who sets a margin must know."""
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "--margin MARGIN more than this is not the same, less than half of it no change; between, "
+        "either may be told (default: 0.02)"
+    ) in said
 
 
 @pytest.mark.parametrize("seconds", [math.inf, math.nan, -1.0, 0.0])
@@ -141,16 +179,73 @@ def test_four_bits_without_their_library_are_wrong_usage(capsys, monkeypatch):
     assert "pip install '.[quantized]'" in capsys.readouterr().err
 
 
-def half_an_answer(_cell, answer):
-    os.write(answer.fileno(), b"\0\0\0\x64 and no more")
-    os.kill(os.getpid(), signal.SIGKILL)
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGKILL, "SIGKILL"), (40, "signal 40")])
+def test_a_cell_killed_in_the_middle_of_its_answer_is_a_row(monkeypatch, number, name):
+    """The pipe then raises OSError, not EOFError; a real-time signal has no name."""
 
+    def half_an_answer(_cell, answer):
+        os.write(answer.fileno(), b"\0\0\0\x64 and no more")
+        os.kill(os.getpid(), number)
 
-def test_a_cell_killed_in_the_middle_of_its_answer_is_a_row(monkeypatch):
-    """The pipe then raises OSError, not EOFError."""
     monkeypatch.setattr(process, "_child", half_an_answer)
 
-    assert process.in_process(Cell(adapter="base"), limit=60) == (None, "killed by SIGKILL")
+    assert process.in_process(Cell(adapter="base"), limit=60) == (None, f"killed by {name}")
+
+
+def test_a_driver_that_hangs_costs_one_number(monkeypatch):
+    """What the cell has measured by then is kept; the driver's count is left out."""
+
+    def hangs(command, **_):
+        raise subprocess.TimeoutExpired(command, 20)
+
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(subprocess, "run", hangs)
+
+    assert clock._driver_bytes() is None
+
+
+def test_what_the_driver_says_is_read(monkeypatch):
+    """In MiB, by process."""
+    lines = f"1, 30\n{os.getpid()}, 512\n"
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, lines)
+    )
+
+    assert clock._driver_bytes() == 512 * 2**20
+
+
+def test_ctrl_c_is_the_parent_s_to_answer(monkeypatch, capfd):
+    """The terminal sends it to the cell, too, which would die of it with a traceback."""
+
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(process, "measure", interrupted)
+    monkeypatch.setattr(
+        registry, "resolve", lambda _: interrupted() or SimpleNamespace(version="1")
+    )
+
+    assert process.in_process(Cell(adapter="base"), limit=60) == (None, "")
+    assert process.versions(["peft"], "cpu") == {"peft": "1"}
+    assert capfd.readouterr().err == ""
+
+
+def test_a_cell_that_is_interrupted_is_not_waited_for(monkeypatch):
+    """It is deaf to Ctrl-C, and goes on."""
+
+    def child(_cell, answer):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        time.sleep(0.2)  # by then the parent waits
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr(process, "_child", child)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        process.in_process(Cell(adapter="base"), limit=60)
+
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize(
@@ -158,6 +253,9 @@ def test_a_cell_killed_in_the_middle_of_its_answer_is_a_row(monkeypatch):
     [
         ("full", "out of memory: CUDA out of memory", True),
         ("base", "out of memory: CUDA out of memory", True),
+        ("full", "killed by SIGKILL", True),
+        ("peft", "killed by SIGKILL", False),
+        ("full", "killed by SIGSEGV", False),
         ("peft", "out of memory: CUDA out of memory", False),
         ("full", "RuntimeError: no", False),
         ("peft", "not claimed: peft does not claim float16", True),
@@ -258,6 +356,33 @@ def test_another_machine_or_library_keeps_nothing():
     assert resume.changes({**now, "libraries": {}}, now) == ["the libraries"]
     assert resume.changes({**now, "threads": {"torch": 2}}, now) == ["the threads"]
     assert resume.changes({}, now) == ["the machine", "the libraries", "the threads"]
+    # Counters hang on what counts.
+    assert resume.changes({**now, "harness": {"commit": "a"}}, now) == ["the harness"]
+
+
+@pytest.mark.parametrize(
+    ("row", "lost"),
+    [({}, "reference r 2"), ({"conditions": {"slowdown": 0.0}}, "reference")],
+)
+def test_resuming_never_drops_what_the_grid_does_not_ask_for(
+    tmp_path, monkeypatch, capsys, row, lost
+):
+    """Another rank's cells, or a pair's answer: measured for minutes, and gone with the file."""
+    path = tmp_path / "bench.json"
+    before = a_report(*CELLS)
+    before["timings"].append(a_row(Cell(adapter="reference", r=2), "seconds", 1.0) | row)
+    with Recorder(path, kind="bench", **before):
+        pass
+    held = path.read_bytes()
+    monkeypatch.setattr(process, "in_process", None)
+    code = main(["bench", "--adapter", "peft", "--resume", "--json", str(path)])
+
+    assert code == 2
+    assert capsys.readouterr().err == (
+        f"lora-harness bench: --resume {path}: holds 1 cell that this grid does not ask for and "
+        f"would lose, first {lost}; ask for it too, or give another --json\n"
+    )
+    assert path.read_bytes() == held
 
 
 def test_resuming_replaces_the_report_by_a_full_one(tmp_path, monkeypatch):
@@ -302,11 +427,23 @@ def test_full_fine_tuning_trains_base_weights():
     assert peak["adapters"] == 0
 
 
-def test_a_model_too_large_for_this_machine_is_refused(capsys, monkeypatch):
-    """medium-4k in float32 wants 52 GiB; told before anything is allocated."""
+@pytest.fixture
+def free(monkeypatch):
+    """Sets the GiB that this machine has free."""
     psutil = pytest.importorskip("psutil")
-    free = psutil.virtual_memory()._replace(available=2**30)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    now = psutil.virtual_memory()
+
+    def have(gib):
+        monkeypatch.setattr(
+            psutil, "virtual_memory", lambda: now._replace(available=int(gib * 2**30))
+        )
+
+    return have
+
+
+def test_a_model_too_large_for_this_machine_is_refused(capsys, free):
+    """medium-4k in float32 wants 52 GiB; told before anything is allocated."""
+    free(1)
     code = main(["bench", "--model", "medium-4k", "--adapter", "peft"])
 
     assert code == 2
@@ -314,6 +451,59 @@ def test_a_model_too_large_for_this_machine_is_refused(capsys, monkeypatch):
         "lora-harness bench: --model medium-4k in float32: needs 52.01 GiB of real tensors and this "
         "machine has 1.00 GiB free; lora-harness plan measures it without any\n"
     )
+
+
+@pytest.mark.parametrize("asked", [["--aa"], ["--adapter", "peft", "--against", "loralib"]])
+def test_a_pair_wants_room_for_both_sides(capsys, free, monkeypatch, asked):
+    """Each is a process with a base of its own, which live side by side."""
+    monkeypatch.setattr(paired, "compare", None)
+    free(20)
+    code = main(["bench", "--model", "mini-4k", *asked])
+
+    assert code == 2
+    assert "mini-4k in float32: needs 28.47 GiB" in capsys.readouterr().err
+
+
+def test_full_fine_tuning_without_room_is_not_started(capsys, free, monkeypatch):
+    """Weights, gradients and two moments of each: where LoRA fits, that is told and is no failure."""
+    started = []
+
+    def in_process(cell, **_):
+        started.append(cell.adapter)
+        rows = {"timings": ("seconds", "tokens_per_second", "share_of_limit")}
+        rows |= {"memory": ("peak_bytes",), "counters": ("operations",)}
+        return {name: [a_row(cell, m, 1.0) for m in metrics] for name, metrics in rows.items()}, ""
+
+    monkeypatch.setattr(process, "in_process", in_process)
+    monkeypatch.setattr(process, "versions", lambda *_: {"peft": "1"})
+    monkeypatch.setattr(process, "warm", lambda _: None)
+    free(20)
+    code = main(["bench", "--model", "mini-4k", "--adapter", "peft"])
+
+    assert code == 0
+    assert started == ["base", "peft"]
+    assert "out of memory: --model mini-4k in float32: needs 56.94 GiB" in capsys.readouterr().out
+
+
+def test_a_4_bit_base_of_a_card_is_made_in_the_machines_memory(monkeypatch, free):
+    """Whole, it is four times what the card and the budget are asked for."""
+    cell = Cell(adapter="peft", model="mini-4k", dtype="nf4", device="cuda")
+    made = []
+
+    def load(_name, *, device, **_):
+        made.append(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(phi3, "load", load)
+    monkeypatch.setattr(base, "find_spec", lambda _: True)
+    with pytest.raises(KeyboardInterrupt):
+        base.load(_model_settings(cell))
+    free(1)
+
+    assert made == ["cpu"]
+    with pytest.raises(UsageError, match=r"^--model mini-4k in nf4: needs 7\.12 GiB"):
+        require_room("mini-4k", "nf4", "cuda")
+    require_room("mini-4k", "float32", "cuda")
 
 
 def bench(folder, *arguments, **environment):

@@ -79,6 +79,13 @@ def test_every_command_has_help():
         (["check", "reference", "--case", "dropout=1"], "dropout must be at least 0 and less"),
         (["check", "reference", "--case", "device=gpu"], "device cannot be 'gpu'; give cpu"),
         (["check", "reference", "--case", "seed=-1"], "seed must be from 0 to 4294967295"),
+        (
+            [
+                *("check", "reference", "--only", "forward/scaling"),
+                *("--case", "dtype=float32", "--dtype", "bfloat16"),
+            ],
+            "--case: it is one whole point; leave out",
+        ),
         (["check", "reference", "--seed", "-1"], "'-1' is no whole number from 0 to"),
         (["check", "reference", "--seed", str(2**32)], "is no whole number from 0 to 4294967295"),
         (["check", "reference", "--limit", "nan"], "--limit: seconds must be more than 0"),
@@ -154,6 +161,15 @@ def test_output_that_cannot_be_written_is_one_line(command):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_an_output_that_is_closed_is_one_line():
+    """`>&-`, as a job without a terminal may have it."""
+    command = f"{sys.executable} -m harness.cli list >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert done.stderr == "lora-harness: standard output is closed; send it elsewhere\n"
+
+
 def test_check_writes_a_report_that_compares_with_itself(tmp_path):
     """What `check --json` writes, `compare` reads: nothing differs from itself."""
     old, new = tmp_path / "old.json", tmp_path / "new.json"
@@ -163,8 +179,11 @@ def test_check_writes_a_report_that_compares_with_itself(tmp_path):
             == 0
         )
     done = run("compare", str(old), str(new))
+    environment = json.loads(old.read_text())["environment"]
 
     assert done.returncode == 0, done.stdout + done.stderr
+    assert environment["threads"]["torch"] == 1, "as it is where the implementation is judged"
+    assert environment["cuda"] == torch.version.cuda
 
 
 def test_the_catalogue_as_json_is_whole(tmp_path):

@@ -53,6 +53,8 @@ def of(verdict, found):
         ("blocked", "passed", "added"),
         ("not_run", "not_claimed", "same"),
         ("not_claimed", "passed", "added"),
+        ("not_claimed", "blocked", "inconclusive"),
+        ("not_claimed", "not_run", "inconclusive"),
         (None, "passed", "added"),
         (None, "failed", "worse"),
     ],
@@ -88,6 +90,46 @@ def test_a_spec_that_still_fails_is_judged_by_its_cases(before, after, verdict, 
     assert judged("failed", "known")[0] == verdict
 
 
+@pytest.mark.parametrize("changed", ["seed=1", "device=cuda", "device=cuda:0,seed=3"])
+def test_another_seed_or_device_makes_no_further_case(changed):
+    """Seed and device are the run's: the same fault found with others is no worse."""
+    result = lambda *cases: {  # noqa: E731
+        "outcome": "failed",
+        "failures": [samples.failure(case=case) for case in cases],
+    }
+    ways = [f"specimen=linear,dtype=float32,way=train, {way}" for way in ("seeded", "frozen")]
+    old, new = result(*ways), result(*(f"{way},{changed}" for way in ways))
+
+    assert judge_spec(old, new, finished=True) == ("same", "still fails")
+    assert judge_spec(result(ways[0], f"{ways[0]},seed=1"), new, finished=True)[0] == "worse"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict", "why"),
+    [
+        ((5, {"a": "value"}), (5, {"a": "raised"}), "inconclusive", "in another way on 1 case: value → raised"),
+        ((5, {"a": "value"}), (1, {"a": "crash"}), "worse", "now with a crash"),
+        ((5, {"a": "value", "e": "value"}), (1, {"a": "crash"}), "worse", "now with a crash"),
+        ((1, {"a": "crash"}), (1, {"a": "crash"}), "same", ""),
+        ((1, {"a": "crash"}), (5, {"a": "value"}), "better", "no longer with a crash"),
+        ((1, {"a": "hang"}), (5, {"c": "value"}), "inconclusive", "on 1 further case; the old run ended in a hang before"),
+        ((3, {"c": "crash"}), (1, {"a": "crash"}), "worse", "on 1 further case"),
+        ((5, {"a": "value", "e": "value"}), (3, {"a": "value"}), "removed", None),
+    ],
+)  # fmt: skip
+def test_how_a_spec_fails_is_told_and_what_a_crash_hid_is_no_news(before, after, verdict, why):
+    """Another kind of failure is no further case, nor is what was not reached before a crash was mended."""
+    result = lambda cases, failures: {  # noqa: E731
+        "outcome": "failed",
+        "cases": cases,
+        "failures": [samples.failure(case=case, kind=kind) for case, kind in failures.items()],
+    }
+    told = judge_spec(result(*before), result(*after), finished=True)
+
+    fails = ", ".join(part for part in ("still fails", why) if part)
+    assert told == (verdict, "judged on 3 of 5 cases" if why is None else fails)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "verdict", "why"),
     [
@@ -114,6 +156,29 @@ def test_a_spec_judged_on_fewer_cases_is_removed():
         "judged on 3 of 40 cases",
     )
     assert judge_spec(result(3), result(40), finished=True)[0] == "same"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        (("linear", "bfloat16"), ("linear", "float16"), "no longer judged at dtype=bfloat16"),
+        (("conv2d", "float32"), ("embedding", "float32"), "no longer judged at specimen=conv2d"),
+        (("linear", "float32,seed=1"), ("linear", "float32,seed=2"), ""),
+    ],
+)
+def test_a_spec_judged_on_other_cases_in_their_place_is_removed(old, new, why):
+    """As many cases in another dtype or at another kind of layer are not those that were judged."""
+    always = {"case": "specimen=linear,dtype=float32", "used": 0.1}
+    result = lambda specimen, dtype: {  # noqa: E731
+        "outcome": "passed",
+        "cases": 2,
+        "margins": [always, {"case": f"specimen={specimen},dtype={dtype}", "used": 0.1}],
+    }
+
+    judged = judge_spec(result(*old), result(*new), finished=True)
+    unknown = judge_spec(result(*old), result(*new) | {"cases": 3}, finished=True)
+    assert judged == (("removed", why) if why else ("same", "passed"))
+    assert unknown == ("same", "passed")  # the third may be what is not named: no margin, it raised
 
 
 def cost(value, **changes):
@@ -422,6 +487,13 @@ def test_several_versions_in_one_report_stay_apart():
         ([("passed", "blocked"), ("passed", "failed")], "worse,inconclusive", 1),
         ([(None, "passed")], "added", 1),
         ([], "worse", 3),
+        ([("blocked", "blocked"), ("not_run", "not_run")], "worse,removed", 3),
+        ([(None, "blocked")], "worse,removed", 3),
+        ([("not_run", "not_claimed")], "worse,removed", 3),
+        ([("blocked", "blocked"), ("failed", "failed")], "worse,removed", 0),
+        ([("not_claimed", "not_claimed"), ("known", "known")], "worse,removed", 0),
+        ([("not_claimed", "blocked"), ("passed", "passed")], "worse,removed", 3),
+        ([("blocked", "blocked")], "none", 0),
     ],
 )
 def test_exit_codes(rows, fail_on, code):
@@ -431,12 +503,37 @@ def test_exit_codes(rows, fail_on, code):
         for report, outcome in zip(reports, outcomes, strict=True):
             if outcome:
                 report["results"].append({"spec": f"a/{index}", "outcome": outcome})
-    # A blocked row alone judges nothing; a passing one beside it does.
-    if rows and rows[0][1] == "blocked" and code == 0:
-        for report in reports:
-            report["results"].append({"spec": "a/other", "outcome": "passed"})
 
     assert compare(*map(whole, reports)).exit_code(parse_words(fail_on)) == code
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [(7, 7, 0), (7, "NaN", 3), (None, None, 3), ("NaN", 7, 3)],
+)
+def test_a_cost_that_is_no_number_leaves_the_question_open(old, new, code):
+    """Beside a cost that is the same, one that became NaN is undecided; one never measured says nothing."""
+    beside = [cost(7, metric="flops")] if None not in {old, new} else []
+    runs = [
+        whole(samples.head("bench", name) | {"counters": [cost(value), *beside]})
+        for name, value in (("old", old), ("new", new))
+    ]
+
+    found = compare(*runs)
+    assert found.exit_code(("worse", "removed")) == code
+    assert found.undecided == ("1 cost inconclusive" if "NaN" in {old, new} else "")
+
+
+def test_an_incomplete_run_is_never_green():
+    """What a run required and did not judge is undecided, also where the run before did not either."""
+    runs = [
+        whole(samples.check(name, {"merge/no-drift": "not_run"}, verdict="INCOMPLETE"))
+        for name in ("old", "new")
+    ]
+
+    found = compare(*runs)
+    assert (found.counts["same"], found.undecided) == (73, "the new run is INCOMPLETE")
+    assert found.exit_code(("worse", "removed")) == 3
 
 
 @pytest.mark.parametrize("text", ["worser", "worse,gone", "", ","])
@@ -532,6 +629,24 @@ def test_another_device_and_dtype_are_told():
         ("dtype", "–", "float32"),
     ]
     assert found.counts["incomparable"] == 0
+
+
+def test_another_recipe_is_told_setting_by_setting():
+    """Two fine-tunings with other learning rates differ in that, and in nothing that is ruled out."""
+    old, new = samples.finetune("old"), samples.finetune("new")
+    new["recipe"]["training_config"]["learning_rate"] = 1e-3
+    del new["recipe"]["peft_config"]["lora_alpha"]
+    new["recipe"]["name"] = "mine"
+
+    found = compare(whole(old), whole(new))
+    assert [key.as_dict() for key in found.keys if not key.same] == [
+        {"name": name, "old": old, "new": new, "same": False, "rules_out": []}
+        for name, old, new in (
+            ("recipe name", "quick", "mine"),
+            ("training_config.learning_rate", "0.0002", "0.001"),
+            ("peft_config.lora_alpha", "32", "–"),
+        )
+    ]
 
 
 def test_the_same_run_twice_is_refused(tmp_path, capsys):

@@ -104,7 +104,7 @@ def test_a_checkout_tells_its_commit_and_whether_it_is_dirty(tmp_path):
 def test_gpus_are_read_off_the_driver(monkeypatch):
     """Each line of nvidia-smi is a GPU; what it cannot say is null."""
     said = "NVIDIA L4, 570.86.15, 23034, 2040, 2040, 6251, 72.00, 41\nNVIDIA T4, 570.86.15, 15360, [N/A], 1590, 5001, 70.00, 33"
-    monkeypatch.setattr(environment, "_said", lambda *_command, **_options: said)
+    monkeypatch.setattr(environment, "printed", lambda *_command, **_options: said)
 
     first, second = environment._gpus()
     assert first["memory"] == {"value": 23034.0 * 2**20, "unit": "B"}
@@ -115,6 +115,8 @@ def test_gpus_are_read_off_the_driver(monkeypatch):
 
 def test_a_driver_without_a_card_is_no_gpu(monkeypatch):
     """It says so in words, and ends well."""
-    monkeypatch.setattr(environment, "_said", lambda *_command, **_options: "No devices were found")
+    monkeypatch.setattr(
+        environment, "printed", lambda *_command, **_options: "No devices were found"
+    )
 
     assert environment._gpus() == []

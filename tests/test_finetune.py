@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import harness
+from harness import process as processes
 from harness import recipe
 
 CLI = [sys.executable, "-m", "harness.cli", "finetune"]
@@ -286,6 +288,19 @@ def test_evaluating_a_4_bit_base_leaves_its_gradients_whole():
     assert x.grad.any()
 
 
+def test_a_4_bit_base_is_loaded_without_a_progress_bar(capfd):
+    """In a bench it would stand between the cells."""
+    pytest.importorskip("bitsandbytes")
+    from harness import base
+
+    asked = recipe.load("qlora-notebook", ["model.name=tiny", "model.device=cpu"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base.load(asked.model)
+
+    assert "Loading" not in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_model_cards_recipe_runs_on_a_cpu(report):
     """Mixed precision and packing: the proofs are of the plain model; too low a rate is said, not failed."""
@@ -484,3 +499,22 @@ def test_every_property_holds_on_mini_on_a_gpu(tmp_path, adapter):
     report = json.loads((tmp_path / f"{adapter}-mini-4k.json").read_text("utf-8"))
     assert {r["spec"]: r["measured"] for r in report["results"] if r["outcome"] != "passed"} == {}
     assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_called_harness_that_lies_here_is_not_ours(tmp_path, monkeypatch):
+    """A user who keeps their runs in `harness/` gets them from us all the same."""
+    (tmp_path / "harness").mkdir()
+    (tmp_path / "harness" / "__init__.py").write_text("")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "tells_which.py").write_text(
+        "from pathlib import Path\nfrom harness import __file__ as found\n\n"
+        "def main(path): Path(path).write_text(found)\n"
+        "if __name__ == '__main__': main(__import__('sys').argv[1])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    one, other = tmp_path / "one", tmp_path / "other"
+
+    assert processes.run("tells_which", one) == 0
+    assert processes.beside("tells_which", other).wait() == 0
+    assert one.read_text() == other.read_text() == harness.__file__

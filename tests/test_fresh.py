@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+import torch
+
 from harness import fresh, worker
 from harness.adapters.reference import Reference
 from harness.spec import catalogue
@@ -12,6 +14,16 @@ from harness.spec import catalogue
 def test_a_call_that_works_says_nothing():
     """Nothing is said where nothing went wrong."""
     assert fresh.call("os.path", "abspath", ".") == ""
+
+
+def test_a_card_is_left_to_the_children(monkeypatch):
+    """Importing bitsandbytes asks for the cards, after which no copy of a process may use them."""
+    imported = []
+    monkeypatch.setattr(fresh, "import_module", imported.append)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    fresh.warm_up()
+
+    assert imported == [name for name in fresh.LIBRARIES if name != "bitsandbytes"]
 
 
 def _judged(adapter):

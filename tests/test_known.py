@@ -37,6 +37,7 @@ def written(tmp_path, **changes):
     [
         ({"reason": None}, "entry 1: reason must be given, as a str"),
         ({"expires": '"2030-01-01"'}, "entry 1: expires must be given, as a date"),
+        ({"expires": "2030-01-01T00:00:00"}, "entry 1: expires must be given, as a date"),
         ({"until": "2030-01-01"}, "entry 1: unknown key until"),
         ({"case": "{ colour = 1 }"}, "entry 1: unknown key colour"),
         ({"case": '"merged"'}, 'entry 1: case must be a table, such as { way = "merged" }'),
@@ -64,6 +65,15 @@ def test_a_misspelt_table_is_refused(tmp_path):
 
     with pytest.raises(UsageError, match=r"every entry starts with \[\[known\]\]"):
         known.load(path)
+
+
+def test_a_list_of_anything_but_tables_is_refused(tmp_path):
+    """What is no table has no keys to look at."""
+    path = tmp_path / "known.toml"
+    path.write_text("known = [1, 2]\n", encoding="utf-8")
+
+    with pytest.raises(UsageError, match=r"entry 1: it must be a table, .*\[\[known\]\]"):
+        known.load(str(path))
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
@@ -99,8 +109,11 @@ def test_a_built_in_entry_is_of_the_versions_it_names(version, there):
 
 
 def test_an_implementation_without_a_list_has_none():
-    """The reference has nothing to excuse, nor has a stranger."""
+    """The reference has nothing to excuse, nor has a stranger, whatever it is called."""
     assert known.built_in("reference", "0.1") == []
+    assert known.built_in("n" * 300, "1.0") == []
+    assert known.built_in("a\0b", "1.0") == []
+    assert known.built_in("../known/peft", "0.21.2") == []
     assert known.built_in("acme", "1.0") == []
 
 
@@ -143,6 +156,19 @@ def test_an_entry_that_is_not_true_is_red(tmp_path, changes, said):
     assert failure.kind == "known"
     assert said in failure.actual
     assert "known.toml" in failure.expected
+
+
+def test_an_entry_of_a_case_that_is_not_judged_is_left_alone(tmp_path):
+    """One of the full tier in a run of the core tier, or of what this adapter does not claim."""
+    point = catalogue()["several/disabled-equals-base"].more_cases[0]
+    known = written(
+        tmp_path,
+        spec='"several/disabled-equals-base"',
+        case=f'{{ specimen = "{point.specimen}" }}',
+    )
+    verdict = check("reference", only=["several/disabled-equals-base"], known=known)
+
+    assert verdict.verdict == "CONFORMS"
 
 
 @pytest.mark.usefixtures("_strangers")

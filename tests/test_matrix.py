@@ -59,6 +59,86 @@ def test_what_fails_in_one_leg_is_told_below_the_table(tmp_path, monkeypatch, ca
     assert told == ("peft==0.8.2\n  ✗ merge/idempotent: expected ΔW of linear; actual 0.25\n")
 
 
+def _cost(value, **changes):
+    row = {"subject": "peft", "phase": "inject", "metric": "flops", "value": value, "unit": "FLOP"}
+    return row | changes
+
+
+@pytest.mark.parametrize(
+    ("reports", "told"),
+    [
+        (
+            (
+                {"counters": [_cost(7), _cost(100, conditions={"r": 8}, version="0.21.2")]},
+                {"counters": [_cost(7), _cost(104, conditions={"r": 8}, version="0.8.2")]},
+            ),
+            ["costs              where      here  peft==0.8.2",
+             "─────────────────  ─────  ────────  ───────────",
+             "peft inject flops  r=8    100 FLOP     104 FLOP"],
+        ),
+        (
+            ({"memory": [_cost(7, exact=False)]}, {"memory": [_cost(8, exact=False)]}),
+            ["no counted cost differs between the legs"],
+        ),
+        (({"results": [{"spec": "a/b", "outcome": "passed"}]},) * 2, ["no spec differs between the legs"]),
+        (({"timings": [_cost(7)]}, {"timings": [_cost(8)]}), ["no leg judged a spec or counted a cost"]),
+        (({"counters": [_cost(7)]}, {}), []),
+    ],
+)  # fmt: skip
+def test_what_a_bench_counts_is_set_side_by_side(tmp_path, monkeypatch, capsys, reports, told):
+    """A cost that is another in one leg is shown; what nobody judged or counted is not called equal."""
+
+    def leg(asked, *_):
+        return matrix.Leg(requirements=asked, exit_code=0, report=reports[bool(asked)])
+
+    monkeypatch.setattr(matrix, "run_leg", leg)
+    main(["matrix", "--environments", str(tmp_path), *RUN[:-2], "bench"])
+
+    assert capsys.readouterr().out.splitlines()[3:] == told
+
+
+@pytest.mark.parametrize(
+    ("leg", "requirements"),
+    [
+        ("peft==0.13.2,transformers==4.46.1", ("peft==0.13.2", "transformers==4.46.1")),
+        ("peft==0.13.2 transformers==4.46.1", ("peft==0.13.2", "transformers==4.46.1")),
+        ("peft>=0.5,<0.6,torch!=2.1,~=2.0", ("peft>=0.5,<0.6", "torch!=2.1,~=2.0")),
+        ("'peft>=0.5, <0.6', torch", ("peft>=0.5, <0.6", "torch")),
+        ("acme[cpu,gpu]>=1,peft", ("acme[cpu,gpu]>=1", "peft")),
+    ],
+)
+def test_a_comma_parts_requirements_and_no_range(tmp_path, monkeypatch, capsys, leg, requirements):
+    """A range of versions, and extras, reach pip whole."""
+    wanted = []
+    monkeypatch.setattr(
+        matrix,
+        "run_leg",
+        lambda asked, *_: wanted.append(asked) or matrix.Leg(requirements=asked, exit_code=0),
+    )
+    main(["matrix", "--environments", str(tmp_path), "--leg", leg, *RUN[2:]])
+
+    assert wanted == [requirements, ("peft==0.8.2",)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["--leg", "peft'", *RUN],
+            "--leg \"peft'\": no closing quotation; give it as --leg 'peft==0.13.2,transformers==4.46.1'",
+        ),
+        (
+            [*RUN, "--json", "mine.json"],
+            "matrix: --json after -- would be one file for all legs; give it before --, and it holds each",
+        ),
+    ],
+)
+def test_what_a_leg_cannot_be_given_is_wrong_usage(capsys, arguments, told):
+    """A quote left open, and one file for what every leg writes: one line before any leg runs."""
+    assert main(["matrix", *arguments]) == 2
+    assert capsys.readouterr().err == f"lora-harness matrix: {told}\n"
+
+
 @pytest.mark.parametrize("folder", ["{tmp}/file", "{tmp}/file/below", "/proc/nothing", "/proc"])
 def test_a_folder_that_cannot_hold_environments_is_wrong_usage(tmp_path, capsys, folder):
     """A file, or where nothing can be made: one line before any leg runs."""

@@ -72,10 +72,10 @@ def test_a_gpu_budget_binds_pytest_and_hands_itself_on(monkeypatch):
     """`--gpu-budget` caps this process, and is in the environment of those it starts."""
     capped = []
     monkeypatch.setenv(GPU_BUDGET, "1")  # so that it is put back
-    monkeypatch.setattr("harness.measure.clock.limit_gpu", capped.append)
-    plugin._cap(2**30)
+    monkeypatch.setattr("harness.measure.clock.limit_gpu", lambda *a: capped.append(a))
+    plugin._cap(2**30, "cuda:1")
 
-    assert capped == [2**30]
+    assert capped == [(2**30, "cuda:1")]
     assert os.environ[GPU_BUDGET] == str(2**30)
 
 
@@ -102,13 +102,14 @@ from harness import worker
 from harness.measure import clock
 torch.cuda.is_available = lambda: True
 clock.limit_gpu = print
-worker.serve(None, [], None)
+for device in ("cpu", "cuda:1", "cuda:1"):
+    worker.ready(device)
 """
 
 
-@pytest.mark.parametrize(("budget", "said"), [({GPU_BUDGET: "4096"}, "4096\n"), ({}, "")])
+@pytest.mark.parametrize(("budget", "said"), [({GPU_BUDGET: "4096"}, "4096 cuda:1\n"), ({}, "")])
 def test_the_process_of_an_implementation_heeds_the_budget(budget, said):
-    """It is where the tensors are; without a budget it takes what it needs."""
+    """On the card it is judged on, once; without a budget it takes what it needs."""
     env = {k: v for k, v in os.environ.items() if k != GPU_BUDGET} | budget
     done = subprocess.run(
         [sys.executable, "-c", WORKER], capture_output=True, text=True, env=env, check=True

@@ -6,15 +6,19 @@ import json
 import math
 import random
 import sys
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness.errors import UsageError
+from harness.measure import paired
 from harness.measure.interval import LOOKS, decide, median_interval
 from harness.measure.paired import Side, compare, rows
+from harness.measure.side_process import Late, SideProcess
 
 
 def rounds(n, *, shift=0.0, seed=0):
@@ -67,6 +71,15 @@ def test_looking_again_and_again_does_not_cry_wolf():
     verdicts = [answer(seed, 0.0) for seed in range(400)]
 
     assert set(verdicts) == {"same"}
+
+
+def test_the_error_is_that_of_both_ends_of_the_margin():
+    """Of 100 pairs each: slowed by half the margin, at most 5 % are worse; by all of it, the same."""
+    half = Counter(answer(seed, math.log1p(0.02) / 2) for seed in range(100))
+    whole = Counter(answer(seed, math.log1p(0.02)) for seed in range(100))
+
+    assert half["worse"] + half["better"] <= 5
+    assert whole["same"] + whole["better"] <= 5
 
 
 def test_five_per_cent_are_found():
@@ -126,13 +139,21 @@ def test_a_pair_is_decided_at_a_look(tmp_path, second, verdict):
 @pytest.mark.parametrize(
     ("body", "note"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "the second side (x) died of SIGKILL"),
-        ("sys.exit(5)", "the second side (x) died with exit code 5"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "the second side (x) ended with SIGKILL"),
+        ("os.kill(os.getpid(), 40)", "the second side (x) ended with signal 40"),
+        ("sys.exit(5)", "the second side (x) ended with exit code 5"),
         (
             "say(ready=True)\nsys.stdin.readline()\nos.kill(os.getpid(), signal.SIGKILL)",
-            "the second side (x) died of SIGKILL",
+            "the second side (x) ended with SIGKILL",
         ),
-        ("time.sleep(60)", "the second side (x) hangs: no answer when the time was up"),
+        (
+            "print('first', file=sys.stderr)\nsys.exit('no torch for you\\n')",
+            "the second side (x) ended with exit code 1; its last words: no torch for you",
+        ),
+        (
+            "time.sleep(60)",
+            "the second side (x) hangs or is too slow: no answer when the time was up",
+        ),
         ("say(error='ValueError: no')", "the second side (x) raised ValueError: no"),
     ],
 )
@@ -145,6 +166,103 @@ def test_a_side_that_fails_makes_the_answer_inconclusive(tmp_path, body, note):
     assert found.verdict == "inconclusive"
     assert found.note == note
     assert str(found) == f"inconclusive: {note}"
+
+
+class Slowing:
+    """A side that is late with one block, and has been silent for some seconds when the time is up."""
+
+    late = 0
+    silence = 0.0
+    ending = 0.0
+
+    def __init__(self, side, name):
+        self.blocks, self.second = 0, name == "second"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        time.sleep(self.ending)
+
+    def begin(self):
+        pass
+
+    def ready(self, deadline):
+        return {}
+
+    def run(self, steps, deadline, core=None):
+        self.blocks += 1
+        if self.second and self.blocks == self.late:
+            raise Late("the second side (x) hangs", self.silence)
+        return 0.03 if self.second else 0.02
+
+
+@pytest.mark.parametrize(
+    ("late", "silence", "verdict", "note"),
+    [
+        (33, 1.0, "worse", ""),
+        (33, 8.0, "inconclusive", "the second side (x) hangs"),
+        (1, 1.0, "inconclusive", "10 s were over before the first round"),
+        (3, 1.0, "inconclusive", "10 s were over before the first round"),
+    ],
+)
+def test_one_slow_block_at_the_end_is_no_hang(monkeypatch, late, silence, verdict, note):
+    """What the rounds before it say holds; a side that was silent for most of the time hangs."""
+    monkeypatch.setattr(paired, "SideProcess", Slowing)
+    monkeypatch.setattr(Slowing, "late", late)
+    monkeypatch.setattr(Slowing, "silence", silence)
+    found = compare(Side(adapter="x"), Side(adapter="x"), seconds=10)
+
+    assert (found.verdict, found.note) == (verdict, note)
+    assert found.rounds == max(0, (late - 3) // 2)  # two blocks of warm-up, then two a round
+
+
+def test_the_seconds_end_with_the_answer(monkeypatch):
+    """To end two processes that hold much memory takes a moment, after the answer."""
+    monkeypatch.setattr(paired, "SideProcess", Slowing)
+    monkeypatch.setattr(Slowing, "late", 33)
+    monkeypatch.setattr(Slowing, "ending", 0.3)
+    found = compare(Side(adapter="x"), Side(adapter="x"), seconds=10)
+
+    assert found.seconds < 0.6
+
+
+def test_a_side_is_silent_from_the_last_question_on(tmp_path):
+    """The time in which it was built, or in which the other side worked, is not counted."""
+    body = "time.sleep(1)\nsay(ready=True)\ntime.sleep(60)"
+    side = Side(adapter="x", python=interpreter(tmp_path, "slow", body))
+    with SideProcess(side, "second") as process:
+        process.begin()
+        process.ready(time.monotonic() + 30)
+        with pytest.raises(Late) as late:
+            process.run(1, time.monotonic() + 0.1)
+
+    assert 0.1 <= late.value.silence < 1
+
+
+def test_what_a_side_has_started_is_ended_with_it(tmp_path):
+    """A wrapper around a Python leaves a child that holds the pipe: nobody waits for it."""
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/child\nwait\n")
+    wrapper.chmod(0o755)
+    began = time.monotonic()
+    compare(steady(tmp_path, 0.02), Side(adapter="x", python=str(wrapper)), seconds=2)
+
+    took = time.monotonic() - began
+    child = int((tmp_path / "child").read_text())
+    while at_work(child) and time.monotonic() - began < 30:
+        time.sleep(0.01)  # a signal takes a moment
+
+    assert took < 30
+    assert not at_work(child)
+
+
+def at_work(pid):
+    """Whether there is such a process; one that nobody has buried yet is none."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_an_interpreter_that_is_not_there_is_wrong_usage(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -98,6 +100,24 @@ def test_a_grid_with_no_cell_is_wrong_usage():
         shapes.points(batch=())
 
 
+def test_a_value_given_twice_is_planned_once():
+    """The run and its row are the same."""
+    assert len(shapes.points(r=(8, 8), batch=(1,), sequence=(64, 64))) == 4
+
+
+def test_between_two_points_tensors_are_real():
+    """The caller's own work is no part of the plan, nor is a plan that is let go half-way."""
+    grid = shapes.points(dtype=("float32",), sequence=(8,), quantization=("none",))
+    found = shapes.measure(Reference(), "tiny", grid)
+    next(found)
+    between = type(torch.ones(2))
+    next(found)
+    found.close()
+
+    assert between is torch.Tensor
+    assert gc.get_freeze_count() == 0
+
+
 def run(capsys, *arguments):
     code = main(["plan", *arguments])
     told = capsys.readouterr()
@@ -114,6 +134,14 @@ def test_a_budget_under_the_weights_says_by_how_much(capsys):
         "lora-harness plan: --budget: 1.00 GiB is 1.11 GiB less than the weights of mini-4k alone, "
         "2.11 GiB in NF4; give more, or a smaller model\n"
     )
+
+
+def test_a_plan_takes_named_models_alone_and_says_so(capsys, tmp_path):
+    """It offers neither a directory nor a hub id, which it would refuse."""
+    code, _, err = run(capsys, "--budget", "8GiB", "--model", str(tmp_path))
+
+    assert code == 2
+    assert err.endswith("? Known are tiny, tiny-gqa, mini-4k, mini-128k, medium-4k\n")
 
 
 @pytest.mark.parametrize("budget", ["8G", "much", "0"])
@@ -143,7 +171,7 @@ def tiny_grid():
 def test_a_miss_is_told_what_seen_point_fits(tiny_grid):
     """With room for all but the largest: one change that was seen to help, and its peak."""
     by_size = sorted(tiny_grid, key=lambda p: p.peak_bytes)
-    told = plan.advice(by_size[-1], tiny_grid, by_size[-2].peak_bytes)
+    told = plan.advice(by_size[-1], tiny_grid, by_size[-2].peak_bytes, registry.resolve("peft"))
 
     fitting = {format_bytes(p.peak_bytes) for p in by_size[:-1]}
     assert told.split(": ")[-1] in fitting
@@ -153,7 +181,38 @@ def test_a_miss_that_no_one_change_mends_names_its_largest_kind(tiny_grid):
     """With room for nothing: the kind that is most of it."""
     miss = max(tiny_grid, key=lambda p: p.peak_bytes)
 
-    assert plan.advice(miss, tiny_grid, 1).startswith(f"mostly {next(iter(miss.kinds))}: ")
+    told = plan.advice(miss, tiny_grid, 1, registry.resolve("peft"))
+    assert told.startswith(f"mostly {next(iter(miss.kinds))}: ")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "seen", "remedy"),
+    [
+        ("peft", ("none", "nf4"), "a 4-bit base, and more than that alone"),
+        ("peft", ("none",), "a 4-bit base"),
+        ("loralib", ("none",), "a smaller model"),
+    ],
+)
+def test_advice_says_no_more_than_was_seen_and_what_the_adapter_can_do(mini, adapter, seen, remedy):
+    """That a change is too little is said of one that was tried; what is not claimed is none."""
+    told = plan.advice(mini["none"], [mini[q] for q in seen], 1, registry.resolve(adapter))
+
+    assert told == f"mostly base weights: {remedy}"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "remedy"), [("peft", "gradient checkpointing"), ("loralib", "a shorter sequence")]
+)
+def test_activations_are_mended_as_the_adapter_can(tiny_grid, adapter, remedy):
+    """By checkpointing where that is claimed."""
+    (miss,) = (
+        p
+        for p in tiny_grid
+        if (p.point.batch, p.point.checkpointing, p.point.quantization) == (2, False, "nf4")
+    )
+
+    told = plan.advice(miss, [miss], 1, registry.resolve(adapter))
+    assert told == f"mostly saved activations: {remedy}"
 
 
 @pytest.mark.parametrize(("r", "sequence"), [(8, 64), (256, 4)])
@@ -198,6 +257,21 @@ def test_what_is_not_claimed_is_left_out_and_said(capsys):
     assert "1 of 1 fit" in out
     assert "1 of 4 points left out: loralib does not claim quantized_base\n" in out
     assert "1 of 4 points left out: loralib does not claim gradient_checkpointing\n" in out
+
+
+def test_a_sequence_past_the_models_context_is_told(capsys, tmp_path):
+    """It fits the memory, and the model was never made for it."""
+    path = tmp_path / "plan.json"
+    note = "sequence 2049 is past the context of tiny, 2048 tokens"
+    _, out, _ = run(
+        capsys,
+        *("--adapter", "reference", "--model", "tiny", "--budget", "1TiB", "--dtype", "float32"),
+        *("--batch", "1", "--sequence", "8,2049", "--checkpointing", "off"),
+        *("--quantization", "none", "--json", str(path)),
+    )
+
+    assert note in out
+    assert note in read(path)["notes"]
 
 
 def test_a_grid_of_which_nothing_is_claimed_is_wrong_usage(capsys):

@@ -133,16 +133,17 @@ OUTCOMES = {outcomes!r}
 
 class Fake(tally.Tally):
     def judge(self, adapter, tier):
-        self.named[tally.spelled(adapter)] = {{"name": "fake", "version": "1"}}
+        self.named[self.called(adapter)] = {{"name": "fake", "version": "1"}}
 
     def result(self, adapter, tier, item):
         self.judge(adapter, tier)
-        outcome = OUTCOMES.get(item.id, "passed")
+        outcome = getattr(adapter, "outcome", OUTCOMES.get(item.id, "passed"))
         told = [Failure(kind="value", case="", expected="one", actual="two")]
         found = Result(
             spec=item.id, level=item.level, outcome=outcome, failures=told * (outcome == "failed")
         )
-        return found, json.dumps([adapter, self.named[adapter], found.as_dict()])
+        name = self.called(adapter)
+        return found, json.dumps([name, self.named[name], found.as_dict()])
 
 harness.spec_case.Tally = Fake
 """
@@ -284,6 +285,53 @@ def test_several_test_processes_tell_one_verdict(faked):
     assert len(read(faked.folder / "run.json")["results"]) == 3
 
 
+def test_several_test_processes_tell_why_there_is_no_adapter(pytest_in):
+    """A worker that ends is started again: the tests say the line, and the session ends."""
+    pytest.importorskip("xdist")
+    (pytest_in.folder / "test_mine.py").write_text(
+        "from harness import parametrize_with_specs\n\n"
+        f"@parametrize_with_specs('nowhere:adapter', only=['{MUST}', '{OTHER}'])\n"
+        "def test_conforms(spec_case): spec_case.run()\n"
+    )
+
+    done = pytest_in("-n", "1")
+
+    assert done.returncode == 1
+    assert "adapter 'nowhere:adapter': no module 'nowhere' here" in done.stdout
+    assert "2 failed" in done.stdout
+    assert "another exception" not in done.stdout
+    assert "node down" not in done.stdout
+
+
+def test_objects_of_one_name_have_a_verdict_each(faked):
+    """One class with two settings: the one that holds does not hide the one that does not."""
+    (faked.folder / "test_mine.py").write_text(
+        "from types import SimpleNamespace\nfrom harness import parametrize_with_specs\n\n"
+        f"def of(outcome): return parametrize_with_specs(\n"
+        f"    SimpleNamespace(name='acme', outcome=outcome), only=['{MUST}'])\n\n"
+        "@of('failed')\ndef test_a(spec_case): spec_case.run()\n\n"
+        "@of('passed')\ndef test_b(spec_case): spec_case.run()\n"
+    )
+
+    done = faked("--report", "run.json")
+    report = read(faked.folder / "run.json")
+
+    assert "acme (fake 1)\n  DOES NOT CONFORM: 1 of 1" in done.stdout
+    assert "acme #2 (fake 1)\n  CONFORMS: 1 of 1" in done.stdout
+    assert report["verdict"] == "DOES NOT CONFORM"
+    assert [row["adapter"] for row in report["results"]] == ["acme", "acme #2"]
+
+
+def test_of_two_tiers_of_one_spec_the_worse_counts():
+    """A case of the full tier that fails is not undone by the core tier's."""
+    kept = tally.Tally()
+    for outcome in ("failed", "passed"):
+        result = Result(spec=MUST, level="MUST", outcome=outcome)
+        kept.take(json.dumps(["acme", {"name": "acme", "version": "1"}, result.as_dict()]))
+
+    assert kept.worst.verdict == "DOES NOT CONFORM"
+
+
 def test_a_result_outlives_the_journey_between_processes():
     """A row of a test's report gives the verdict that the result itself would have given."""
     failure = Failure(kind="value", case="r=3", expected="one", actual="two")
@@ -317,6 +365,20 @@ def test_the_tier_of_the_decorator_is_judged(monkeypatch):
     tally.Tally().judge(cases[0].adapter, cases[0].tier)
 
     assert asked == ["full"]
+
+
+@pytest.mark.parametrize(("first", "finished"), [("failed", False), ("passed", True)])
+def test_a_report_of_a_run_that_stopped_early_is_unfinished(faked, first, finished):
+    """`-x` leaves the rest unjudged; what ran to its end is finished, though its last test failed."""
+    last = "passed" if first == "failed" else "failed"
+    faked.become(other=first, must=last)
+
+    done = faked("--adapter", "acme:lora", "--spec", OTHER, "--spec", MUST, "-x", "--report", "a")
+    report = read(faked.folder / "a")
+
+    assert done.returncode == 1
+    assert report["tests"] == {"collected": 2, "failed": 1}
+    assert report["finished"] is finished
 
 
 def test_a_report_is_written_when_asked(pytest_in):

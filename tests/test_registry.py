@@ -199,6 +199,21 @@ def test_a_member_that_is_not_as_agreed_is_named(member):
     assert str(told.value) == line
 
 
+@pytest.mark.parametrize("member", ["version", "capabilities", "merge"])
+def test_a_member_that_raises_is_named(member):
+    """A property may ask for what is not there; that is one line, too."""
+
+    def raises(_):
+        raise RuntimeError("no\nluck")
+
+    adapter = type("Raising", (Whole,), {member: property(raises)})()
+
+    with pytest.raises(UsageError) as told:
+        registry.check(adapter, "x")
+
+    assert str(told.value) == f"adapter 'x': `{member}` raised RuntimeError: no luck"
+
+
 def test_a_claim_without_its_method_is_named():
     """A feature claimed brings methods; one that is not there is told with the feature."""
     members = {n: getattr(Whole(), n) for n in dir(Whole) if not n.startswith("_")}
@@ -214,7 +229,7 @@ def test_a_claim_without_its_method_is_named():
 
 def test_a_class_is_not_an_adapter():
     """A factory that returns the class it should have called is told so."""
-    with pytest.raises(UsageError, match="returned the class Whole; return an instance of it"):
+    with pytest.raises(UsageError, match="is the class Whole; it must be an instance of it"):
         registry.check(Whole, "x")
 
 

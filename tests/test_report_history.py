@@ -105,6 +105,17 @@ def test_a_trend_of_two_runs_says_what_their_comparison_says():
         assert changes == [one for one in told if one[0] != "same"]
 
 
+def test_another_python_rules_out_its_calls_in_a_trend_too():
+    """Where a comparison calls Python's calls incomparable, the trend does not call them worse."""
+    runs = [samples.head("bench", name) for name in ("one", "two")]
+    for run, calls in zip(runs, (100, 110), strict=True):
+        run["counters"] = [{"subject": "peft", "metric": "python_calls", "value": calls}]
+    runs[1]["environment"]["python"]["version"] = "3.12.1"
+
+    (series,) = trace(map(_read, runs)).series
+    assert [change.verdict for change in series.changes] == ["incomparable"]
+
+
 def test_a_row_keeps_its_line_through_a_run_of_two_versions():
     """Before, in and after a run with two versions, the first version's values are one series."""
     row = {"subject": "peft", "metric": "flops", "unit": "FLOP"}
@@ -154,6 +165,19 @@ def test_a_folder_of_several_series_shows_each(tmp_path, capsys):
     capsys.readouterr()
     assert "peft 0.21.2 tiny, 2026-01-03 03:00: 2 runs" in page.read_text()
     assert "loralib 0.1.2 tiny, 2026-01-04 03:00: 3 runs" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    "other", [{"tier": "full"}, {"device": "cuda"}, {"dtype": "float32"}, {"model": "mini-4k"}]
+)
+def test_runs_that_were_asked_other_things_are_not_one_series(other, tmp_path, capsys):
+    """A full run in a folder of core ones is compared with full ones, and one on a card with such."""
+    asked = {"tier": "core", "device": "cpu", "dtype": None}
+    for day, changes in enumerate(({}, other, {}, other)):
+        samples.write(tmp_path, samples.check(f"day-{day}", **asked | changes))
+
+    assert main(["compare", str(tmp_path)]) == 0
+    assert "runs; where rows changed" not in capsys.readouterr().out
 
 
 def test_an_empty_folder_is_told(tmp_path, capsys):

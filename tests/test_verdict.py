@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from harness import Capabilities, UsageError, check
+from harness import Capabilities, UsageError, check, registry, worker
+from harness.adapters import reference
 from harness.case import Case
-from harness.failure import Failure
+from harness.cli import main
+from harness.failure import Failure, raised
 from harness.faults.initialization import gives_a_convolution_a_bias
+from harness.faults.state import leaves_another_default_dtype
 from harness.judge import Result
 from harness.reach import EVERY_KIND, kind_of, reach
 from harness.spec import catalogue, select
@@ -55,6 +60,29 @@ def test_inject_that_raises_is_one_failure_and_the_rest_blocked():
     assert "strangers.py" in failed[0].failures[0].where
     assert set(outcomes(verdict).values()) == {"failed", "blocked"}
     assert verdict.exit_code == 1
+
+
+def test_what_an_implementation_says_is_not_the_terminals():
+    """Neither its name nor its exceptions clear the screen or forge a verdict."""
+    verdict = check(stranger("writes_to_the_terminal"), only=["targeting/exact-coverage"])
+    lines = tell(verdict).splitlines()
+
+    assert lines[0].startswith("acme CONFORMS: 9 of 9 [31m 1 2, core tier")
+    assert [line for line in lines if line.startswith("CONFORMS")] == []
+    assert "RuntimeError: [2J gone back" in tell(verdict)
+    assert all(line.isprintable() for line in lines)
+    assert all(line.isprintable() for line in verdict.adapter.values())
+
+
+def test_an_exception_that_cannot_be_told_is_told_by_its_type():
+    """The line it came from counts, and the process lives."""
+    try:
+        stranger("writes_to_the_terminal").merge()
+    except Exception as error:  # noqa: BLE001  # whatever it is
+        record = raised(error).record(case="", reproduce="")
+
+    assert record.actual == "MuteError: (its message raised ValueError)"
+    assert "strangers.py" in record.where
 
 
 def test_what_fails_for_convolutions_alone_blocks_convolutions_alone():
@@ -149,8 +177,51 @@ def test_a_method_that_kills_the_process_fails_its_spec_and_the_verdict_is_writt
     merge = next(r for r in verdict.results if r.spec == "merge/same-output")
 
     assert merge.failures[0].kind == "crash"
-    assert merge.failures[0].actual == "the process exited with 9"
+    assert merge.failures[0].actual == "the process ended with exit code 9"
     assert outcomes(verdict)["forward/output-dtype"] == "passed"
+
+
+@pytest.mark.parametrize("given", [str, registry.resolve], ids=["name", "object"])
+@pytest.mark.parametrize(
+    ("name", "outcome"), [("leaves_a_child", "passed"), ("child_survives", "crash")]
+)
+def test_a_child_that_is_left_behind_holds_nothing_up(name, outcome, given):
+    """It has the pipe that answers come by, and ends with the process that left it."""
+    verdict = check(given(f"strangers:{name}"), only=["targeting/exact-coverage"])
+    (result,) = verdict.results
+
+    assert (result.failures[0].kind if result.failures else result.outcome) == outcome
+
+
+def test_what_was_asked_for_wrongly_leaves_the_report_that_was_there(tmp_path):
+    """A misspelt name costs a line, and not last night's report."""
+    report = tmp_path / "base.json"
+    report.write_text("last night's")
+
+    assert main(["check", "referenec", "--json", str(report)]) == 2
+    assert report.read_text() == "last night's"
+    assert main(["check", "referenec", "--json", str(tmp_path / "new.json")]) == 2
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_what_an_implementation_leaves_of_its_surroundings_is_put_back():
+    """The next spec is judged as it would be by itself; and it is told what was left."""
+    adapter, item = leaves_another_default_dtype(), catalogue()["forward/scaling"]
+    broken, _, notes = worker.judge(adapter, item, item.cases[0])
+
+    assert broken is None
+    assert torch.get_default_dtype() is torch.float32
+    assert notes == ["left torch's default dtype at torch.float64; put back"]
+
+
+def test_wrong_usage_is_the_harness_s_to_tell():
+    """Its own exception, raised by the implementation, is a failure of that."""
+    item = catalogue()["targeting/exact-coverage"]
+    broken, _, _ = worker.judge(stranger("says_wrong_usage"), item, item.cases[0])
+
+    assert broken.kind == "raised"
+    with pytest.raises(UsageError):
+        worker.judge(stranger("correct"), item, Case(specimen="nowhere"))
 
 
 @pytest.mark.parametrize("name", ["dead_copies", "wrong_shapes", "incomplete_factors"])
@@ -183,6 +254,7 @@ def test_a_verdict_that_judged_nothing_is_not_green():
         ("strangers:absent", "absent"),
         ("strangers:ready_made", "ready_made"),
         ("strangers:raises_when_made", "OSError: no licence file"),
+        ("strangers:refuses_at_length", "factory raised OSError: [2Jzzzz"),
         ("strangers:not_an_adapter", "`name` is missing"),
         ("nobody", "nobody"),
     ],
@@ -199,6 +271,7 @@ def test_a_factory_that_gives_no_adapter_is_one_line_and_exit_2(adapter, line, r
 
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
+    assert len(done.stderr) < 1000
     assert line in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
 
@@ -207,6 +280,26 @@ def test_a_name_that_matches_no_spec_is_a_usage_error():
     """`--only` says what was meant."""
     with pytest.raises(UsageError, match="did you mean merge/same-output"):
         check("reference", only=["merge/same-outputs"])
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"adapter": reference}, "adapter 'module': `name` is missing; it must be a string"),
+        ({"adapter": reference.adapter}, "adapter 'function': `name` is missing"),
+        ({"adapter": None}, "adapter 'NoneType': `name` is missing"),
+        ({"adapter": Result}, "is the class Result; it must be an instance of it"),
+        ({"tier": "all"}, "--tier all: no such tier; give smoke, core, full"),
+        ({"known": "nowhere.toml"}, "known failures nowhere.toml: No such file"),
+        ({"only": "forward/scalign"}, "--only forward/scalign: no spec"),
+    ],
+)
+def test_what_python_is_given_wrong_is_one_line_too(given, line):
+    """No traceback, and no verdict on what is no adapter."""
+    asked = {"adapter": stranger("correct"), "only": ["forward/scaling"], **given}
+
+    with pytest.raises(UsageError, match=re.escape(line)):
+        check(**asked)
 
 
 def test_a_known_failure_is_named_and_never_conformance(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
+
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
 from harness.faults.merge import with_layer
@@ -39,6 +41,21 @@ class NoFinally(Reference):
 )
 def stays_disabled_after_an_exception() -> Adapter:
     return NoFinally()
+
+
+class LeavesFloat64(Reference):
+    def inject(self, model: nn.Module, config: LoraConfig) -> nn.Module:
+        torch.set_default_dtype(torch.float64)
+        return super().inject(model, config)
+
+
+@fault(
+    sin="Factors are drawn under another default dtype, which stays torch's.",
+    killed_by="state/surroundings-left-alone",
+    varies="what is made after it",
+)
+def leaves_another_default_dtype() -> Adapter:
+    return LeavesFloat64()
 
 
 class Frees(Reference):

@@ -10,7 +10,7 @@ from harness.console import table
 from harness.errors import UsageError
 from harness.measure import cell as cells
 from harness.measure import claims, paired, process, resume
-from harness.measure.memory import format_bytes, parse_bytes, require_memory
+from harness.measure.memory import format_bytes, parse_bytes, require_room
 
 if TYPE_CHECKING:
     import argparse
@@ -75,27 +75,38 @@ def _require_models(names: Sequence[str]) -> None:
             phi3.source(name)
 
 
-def _require_room(wanted: Sequence[Cell]) -> None:
-    """Raise UsageError where a model's weights alone are more than this machine has free."""
-    from harness import phi3
-    from harness.measure.shapes import weights
-
-    for name in dict.fromkeys(cell.model for cell in wanted):
-        if name in phi3.NAMES and not name.startswith("tiny"):
-            of_it = [cell for cell in wanted if cell.model == name and cell.device == "cpu"]
-            for dtype in dict.fromkeys(cell.dtype for cell in of_it):
-                # A 4-bit base is made from the whole one.
-                size = weights(name, "bfloat16" if dtype == "nf4" else dtype, "none")
-                require_memory(size, subject=f"--model {name} in {dtype}")
+def _lacking(cell: Cell) -> str:
+    """Why full fine-tuning is not even begun; empty where it may be, and for any other cell."""
+    if cell.adapter == cells.FULL:
+        try:  # the weights, their gradients, two moments of each
+            require_room(cell.model, cell.dtype, cell.device, times=4)
+        except UsageError as error:
+            return f"{process.OUT_OF_MEMORY}: {error}"
+    return ""
 
 
 # ---- the grid ------------------------------------------------------------------------------------
+
+
+OF_A_PAIR: dict[str, Any] = {
+    "python": None,
+    "against_python": None,
+    "seconds": 45.0,
+    "margin": 0.02,
+}
+"""What the command line gives where nobody asks: a grid would drop the rest in silence."""
 
 
 def _grid(args: argparse.Namespace) -> int:
     from harness.environment import collect
     from harness.report.schema import Recorder
 
+    for option, default in OF_A_PAIR.items():
+        if getattr(args, option) != default:
+            told = option.replace("_", "-")
+            raise UsageError(
+                f"--{told}: is of a pair, not of the grid; add --against ADAPTER, or --aa"
+            )
     wanted = cells.grid(
         adapter=args.adapter,
         rank=args.rank,
@@ -110,8 +121,11 @@ def _grid(args: argparse.Namespace) -> int:
         budget=parse_bytes(args.budget) if args.budget else None,
     )
     before = resume.earlier(args.json) if args.resume else None
+    if before:
+        resume.require_asked_for(before, wanted, args.json)
     _require_models(args.model)
-    _require_room(wanted)
+    for where in dict.fromkeys((cell.model, cell.dtype, cell.device) for cell in wanted):
+        require_room(*where)
     versions = process.versions(args.adapter, args.device)
     process.warm(args.adapter)
     environment = collect()
@@ -122,7 +136,10 @@ def _grid(args: argparse.Namespace) -> int:
         section: [row for rows in old.values() for row in rows[section]]
         for section in resume.SECTIONS
     }
-    head |= {"model": args.model[0] if len(args.model) == 1 else None, "budget": wanted[0].budget}
+    head |= {
+        "model": args.model[0] if len({*args.model}) == 1 else None,
+        "budget": wanted[0].budget,
+    }
     failed = 0
     with Recorder(args.json, kind="bench", environment=environment, **head) as report:
         if changed:
@@ -133,7 +150,8 @@ def _grid(args: argparse.Namespace) -> int:
             report.add("notes", ON_A_GPU_ONLY)
             print(ON_A_GPU_ONLY)
         for cell in _with_progress(left):
-            rows, why = process.in_process(cell, limit=args.limit)
+            lacking = _lacking(cell)
+            rows, why = (None, lacking) if lacking else process.in_process(cell, limit=args.limit)
             if rows is None:
                 failed += not _excused(cell, why)
                 report.add("timings", _lost(cell, why))
@@ -151,11 +169,13 @@ def _grid(args: argparse.Namespace) -> int:
 def _excused(cell: Cell, why: str) -> bool:
     """Whether a cell without figures is no failure.
 
-    It is not claimed; or it is a row without LoRA that the card is too small for, which is what LoRA
-    is for.
+    It is not claimed; or it is a row without LoRA that the card or the machine is too small for,
+    which is what LoRA is for.
     """
     without = cell.adapter in {cells.BASE, cells.FULL}
-    return why.startswith("not claimed") or (without and why.startswith(process.OUT_OF_MEMORY))
+    # SIGKILL is how Linux ends a process that it has no memory for.
+    too_small = (process.OUT_OF_MEMORY, "killed by SIGKILL")
+    return why.startswith("not claimed") or (without and why.startswith(too_small))
 
 
 def _with_progress(left: Sequence[Cell]) -> Any:
@@ -288,6 +308,7 @@ def _pair(args: argparse.Namespace) -> int:
         adapter=args.against or first.adapter,
         python=args.against_python or first.python,
     )
+    require_room(first.model, first.dtype, first.device, times=2)  # one for each side
     with Recorder(args.json, kind="bench", model=first.model) as report:
         answer = paired.compare(first, second, seconds=args.seconds, margin=args.margin)
         report.add("timings", paired.rows(answer, first, second))

@@ -69,7 +69,7 @@ def grid(
     checkpointing: Sequence[bool],
     **same: Any,
 ) -> list[Cell]:
-    """Every combination, after the rows without LoRA that they are held against.
+    """Every combination once, after the rows without LoRA that they are held against.
 
     Raises UsageError where there is no cell.
     """
@@ -82,7 +82,7 @@ def grid(
         cells += [Cell(adapter=name, r=0, **where) for name in without if ours] + ours
     if not cells:
         raise UsageError("the grid has no cell; give each of its axes at least one value")
-    return cells
+    return list(dict.fromkeys(cells))
 
 
 def measure(cell: Cell) -> Rows:

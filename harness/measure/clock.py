@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from harness.environment import printed
 from harness.measure.ledger import uncollected
 
 if TYPE_CHECKING:
@@ -22,18 +23,6 @@ def synchronize(device: str) -> None:
     """Wait until the device has done what it was asked."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def timer(device: str = "cpu") -> Callable[[], float]:
-    """A clock in seconds that first waits for the device: pytest-benchmark's `timer`."""
-    if torch.device(device).type != "cuda":
-        return time.perf_counter
-
-    def now() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return now
 
 
 class OwnClock:
@@ -133,20 +122,13 @@ def peak_memory(device: str) -> dict[str, int]:
 
 def _driver_bytes() -> int | None:
     """What the driver says this process holds on all its cards; None where it does not say."""
-    import shutil
-    import subprocess
-
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return None
-    asked = subprocess.run(
-        [smi, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=20,
+    said = printed(
+        "nvidia-smi",
+        "--query-compute-apps=pid,used_memory",
+        "--format=csv,noheader,nounits",
+        seconds=20,
     )
-    held = [line.split(",") for line in asked.stdout.splitlines() if line.count(",") == 1]
+    held = [line.split(",") for line in (said or "").splitlines() if line.count(",") == 1]
     ours = [size.strip() for pid, size in held if pid.strip() == str(os.getpid())]
     whole = [int(size) for size in ours if size.isdecimal()]
     return sum(whole) * 2**20 if whole else None

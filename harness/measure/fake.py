@@ -54,20 +54,25 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch's __init_
                 super()._prep_args_for_hash(result, [arg], *more)
 
 
-@contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Every tensor made inside is fake, on the CPU.
-
-    The CPU on purpose, also to plan for a GPU: a build of torch without CUDA cannot index fake CUDA
-    tensors. Both devices' fused attentions keep the same for backward (q, k, v, the output, and one
-    float32 a row), so that the bytes are the same; their names differ.
-    """
+def fake_mode() -> FakeTensorMode:
+    """What makes tensors fake: those of one mode are no other's."""
     mode = _Mode() if hasattr(TensorMetadata, "_flatten_into") else FakeTensorMode()
     # The memo holds weak references to fresh fake tensors; `Module.to` refuses to convert a
     # parameter that has one, even to what it is already (torch 2.13, `torch.utils.swap_tensors`).
     # No real tensor is converted twice here, which is all that the memo is for.
     mode.fake_tensor_converter.set_tensor_memo = _forget  # type: ignore[method-assign, assignment]
-    with mode, _one_sequence_a_row():
+    return mode
+
+
+@contextmanager
+def fake_tensors(mode: FakeTensorMode | None = None) -> Iterator[None]:
+    """Every tensor made inside is fake, on the CPU; with a mode that was left, inside it again.
+
+    The CPU on purpose, also to plan for a GPU: a build of torch without CUDA cannot index fake CUDA
+    tensors. Both devices' fused attentions keep the same for backward (q, k, v, the output, and one
+    float32 a row), so that the bytes are the same; their names differ.
+    """
+    with mode or fake_mode(), _one_sequence_a_row():
         yield
 
 

@@ -9,7 +9,8 @@
 Noise here has no normal distribution: it is one-sided, comes in bursts and has long tails. The
 order statistics x₍ₖ₎ and x₍ₙ₊₁₋ₖ₎ enclose the median whatever the distribution, except with a chance of
 2·P(Bin(n, ½) < k) (Thompson 1936; the interval of the sign test). Looking L times at an error of α
-each errs at most L·α in all, so each look gets its share (Bonferroni).
+each errs at most L·α in all, so each look gets its share (Bonferroni). Both hold of rounds that are
+independent of each other; a burst that lasts for several rounds is one event, counted as several.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ def decide(
 
     Args:
         log_ratios: of each round, log(second / first).
-        margin: what counts as the same: 0.02 is two per cent either way.
-        error: the chance of a wrong answer over all looks together.
+        margin: a true change beyond it is not the same, one within half of it is neither worse nor
+            better; of what lies between, either may be said. 0.02 is two per cent either way.
+        error: the chance of a wrong answer over all looks together, of rounds that are independent.
     """
     found = median_interval(log_ratios, error / (len(LOOKS) + 1))
     bound = math.log1p(margin)

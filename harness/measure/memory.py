@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 
@@ -60,16 +59,25 @@ def require_memory(needed: int, *, subject: str) -> None:
         )
 
 
-def heed_gpu_budget() -> None:
-    """Hold this process to the GPU memory that whoever started it was given, if there is a GPU."""
+def require_room(model: str, dtype: str, device: str, *, times: int = 1) -> None:
+    """Raise UsageError where a model's weights, so many times, are more than this machine has free.
+
+    Of a card nothing is asked but what a 4-bit base needs here: it is made from the whole one.
+    """
+    from harness import phi3
+    from harness.measure.shapes import weights
+
+    here = device == "cpu" or dtype == "nf4"
+    if here and model in phi3.NAMES and not model.startswith("tiny"):
+        size = weights(model, "bfloat16" if dtype == "nf4" else dtype, "none")
+        require_memory(times * size, subject=f"--model {model} in {dtype}")
+
+
+def heed_gpu_budget(device: str) -> None:
+    """Hold this process to the memory of a card that whoever started it was given."""
     budget = os.environ.get(GPU_BUDGET)
     if budget is None:
         return
-    import torch
-
     from harness.measure import clock
 
-    if torch.cuda.is_available():
-        # A copy of a process that has used CUDA cannot use it, and needs no budget.
-        with contextlib.suppress(RuntimeError):
-            clock.limit_gpu(parse_bytes(budget))
+    clock.limit_gpu(parse_bytes(budget), device)

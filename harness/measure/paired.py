@@ -13,23 +13,17 @@ cores is then taken for a difference between the sides.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
-import select
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from harness.errors import UsageError
 from harness.measure.interval import LOOKS, Interval, Verdict, decide, median_interval
-from harness.measure.process import LONGEST_WAIT
+from harness.measure.side_process import Late, Lost, SideProcess
 
 Phase = Literal["training-step", "evaluation-forward", "merged-forward"]
 BLOCK_SECONDS = 0.02
@@ -156,18 +150,19 @@ def compare(
             facts=(facts[0], facts[1]),
         )
 
-    with _Process(first, "first") as one, _Process(second, "second") as two:
+    with SideProcess(first, "first") as one, SideProcess(second, "second") as two:
         try:
             one.begin()
             two.begin()
-            facts[:] = [process.ready(deadline) for process in (one, two)]
+            told = [process.ready(deadline) for process in (one, two)]
+            facts[:] = [Facts(name=t.get("name"), version=t.get("version")) for t in told]
             steps = _steps(one, two, deadline)
             longest = 0.0
             while time.monotonic() + longest < deadline:
                 start = time.monotonic()
                 lap, core = divmod(len(ratios) // ROUNDS_ON_A_CORE, len(cores))
                 outer, inner = (one, two) if lap % 2 == 0 else (two, one)
-                took: dict[_Process, list[float]] = {one: [], two: []}
+                took: dict[SideProcess, list[float]] = {one: [], two: []}
                 for process in (outer, inner, inner, outer):
                     took[process].append(process.run(steps, deadline, cores[core]))
                 samples.append((math.sqrt(math.prod(took[one])), math.sqrt(math.prod(took[two]))))
@@ -177,12 +172,14 @@ def compare(
                     verdict, found = decide(ratios, margin=margin, error=error)
                     if verdict != "inconclusive":
                         return finish(verdict, found)
-        except _Lost as lost:
-            nothing = median_interval(ratios, error / (len(LOOKS) + 1))
-            return finish("inconclusive", nothing, str(lost))
-    verdict, found = decide(ratios, margin=margin, error=error)
-    note = "" if ratios else f"{seconds:g} s were over before the first round"
-    return finish(verdict, found, note)
+        except Lost as lost:
+            # One block that is late at the end is no hang: what the rounds before it say holds.
+            if not isinstance(lost, Late) or lost.silence > seconds / 2:
+                nothing = median_interval(ratios, error / (len(LOOKS) + 1))
+                return finish("inconclusive", nothing, str(lost))
+        verdict, found = decide(ratios, margin=margin, error=error)
+        note = "" if ratios else f"{seconds:g} s were over before the first round"
+        return finish(verdict, found, note)
 
 
 def _cores(*sides: Side) -> list[int | None]:
@@ -193,140 +190,12 @@ def _cores(*sides: Side) -> list[int | None]:
     return [*sorted(os.sched_getaffinity(0))]
 
 
-def _steps(one: _Process, two: _Process, deadline: float) -> int:
+def _steps(one: SideProcess, two: SideProcess, deadline: float) -> int:
     """How many steps make a block: warms both sides up, and measures them."""
     for process in (one, two):
         process.run(5, deadline)
     step = median(process.run(5, deadline) for process in (one, two))
     return max(1, round(BLOCK_SECONDS / step))
-
-
-class _Lost(Exception):  # noqa: N818  # it says what became of a side
-    """A side that will not answer any more: why."""
-
-
-class _Nonsense(_Lost):
-    """A side that speaks another language."""
-
-
-class _Silent(_Lost):
-    """A side that ended without a word."""
-
-
-class _Process:
-    """A side's process, from the outside."""
-
-    def __init__(self, side: Side, name: str) -> None:
-        self._name = f"the {name} side ({side.adapter})"
-        self._side = side
-        here = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-        threads = str(side.threads)
-        try:
-            self._process = subprocess.Popen(
-                [side.python, "-m", "harness.measure.side"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                # One hash seed for both: the order of a set is no difference between them.
-                env={
-                    **os.environ,
-                    "PYTHONPATH": path,
-                    "PYTHONHASHSEED": "0",
-                    "OMP_NUM_THREADS": threads,
-                    "MKL_NUM_THREADS": threads,
-                    "TOKENIZERS_PARALLELISM": "false",
-                },
-            )
-        except OSError as error:
-            raise UsageError(
-                f"--python {side.python}: cannot be run ({error.strerror}); give an interpreter "
-                "that has torch, transformers and the implementation"
-            ) from None
-        self._pending = b""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def begin(self) -> None:
-        """Ask for the work to be built; of one that is dead already, `ready` says how."""
-        with contextlib.suppress(_Lost):
-            self._say({k: v for k, v in asdict(self._side).items() if k != "python"})
-
-    def ready(self, deadline: float) -> Facts:
-        """Wait until it is built; what the side is.
-
-        Raises UsageError where the answer is no side's, and where the side cannot be what was asked.
-        """
-        try:
-            said = self.answer(deadline)
-        except _Nonsense:
-            raise self._no_side() from None
-        except _Silent:
-            if self._process.poll() == 0:  # it ended well and has said nothing
-                raise self._no_side() from None
-            raise
-        if "usage" in said:
-            raise UsageError(f"{self._name}: {said['usage']}")
-        return Facts(name=said.get("name"), version=said.get("version"))
-
-    def _no_side(self) -> UsageError:
-        return UsageError(
-            f"--python {self._side.python}: does not answer as a Python would; give an interpreter "
-            "that has torch, transformers and the implementation"
-        )
-
-    def run(self, steps: int, deadline: float, core: int | None = None) -> float:
-        """Median seconds of a step, in a block of `steps`, on a core or on any."""
-        self._say({"steps": steps, "core": core})
-        seconds: list[float] = self.answer(deadline)["seconds"]
-        return median(seconds)
-
-    def answer(self, deadline: float) -> dict[str, Any]:
-        """The next line; raises `_Lost` where there will be none."""
-        stream = self._process.stdout
-        assert stream is not None
-        while b"\n" not in self._pending:
-            left = deadline - time.monotonic()
-            ready, _, _ = select.select([stream], [], [], min(max(0.0, left), LONGEST_WAIT))
-            if not ready:
-                raise _Lost(f"{self._name} hangs: no answer when the time was up")
-            chunk = os.read(stream.fileno(), 1 << 16)
-            if not chunk:
-                raise _Silent(f"{self._name} died{self._how()}")
-            self._pending += chunk
-        line, _, self._pending = self._pending.partition(b"\n")
-        try:
-            said: Any = json.loads(line)
-        except ValueError:
-            said = None
-        if not isinstance(said, dict):
-            raise _Nonsense(f"{self._name} said what is no answer")
-        if "error" in said:
-            raise _Lost(f"{self._name} raised {said['error']}")
-        return said
-
-    def _say(self, words: dict[str, Any]) -> None:
-        stream = self._process.stdin
-        assert stream is not None
-        try:
-            stream.write(json.dumps(words).encode() + b"\n")
-            stream.flush()
-        except BrokenPipeError:
-            raise _Lost(f"{self._name} died{self._how()}") from None
-
-    def _how(self) -> str:
-        try:
-            code = self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            return ""
-        if code < 0:
-            return f" of {signal.Signals(-code).name}"
-        return f" with exit code {code}"
 
 
 def rows(pairing: Pairing, first: Side, second: Side) -> list[dict[str, Any]]:

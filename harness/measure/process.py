@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import UsageError
 from harness.measure.cell import BASE, FULL, NotClaimed, measure
+from harness.process import ending
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -94,22 +95,24 @@ def _ask(work: Callable[..., None], given: object, *, device: str, limit: float)
     try:
         if not ours.poll(min(limit, LONGEST_WAIT)):
             return None, f"hung: no answer in {limit:g} s"
-        return ours.recv(), ""
+        said = ours.recv()
+        process.join(2)  # it has said all, and ends by itself
     except (EOFError, OSError):  # an OSError where it was ended in the middle of its answer
         process.join(10)
         code = process.exitcode
-        if code is not None and code < 0:
-            return None, f"killed by {signal.Signals(-code).name}"
-        return None, f"died with exit code {code}"
+        if code is None:
+            return None, "gave no answer, and does not end"
+        return None, f"{'killed by' if code < 0 else 'died with'} {ending(code)}"
+    else:
+        return said, ""
     finally:
-        if process.is_alive():
-            process.join(2)
         process.kill()
         process.join()
         ours.close()
 
 
 def _child(cell: Cell, answer: Connection) -> None:
+    _deafen()
     started = time.monotonic()
     try:
         rows: Rows | None = measure(cell)
@@ -125,6 +128,11 @@ def _child(cell: Cell, answer: Connection) -> None:
     answer.close()
 
 
+def _deafen() -> None:
+    """Leave Ctrl-C, which reaches this process as well, to the parent, which ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _kind(error: Exception) -> str:
     """What an exception is called in a row; every way to be out of memory is one."""
     said = str(error).lower()
@@ -137,6 +145,7 @@ def _kind(error: Exception) -> str:
 def _resolved(name: str, answer: Connection) -> None:
     from harness import registry
 
+    _deafen()
     try:
         answer.send((registry.resolve(name).version, ""))
     except UsageError as error:

@@ -44,6 +44,19 @@ def row_identity(row: Mapping[str, Any]) -> Identity:
     return row["subject"], row.get("model"), _spelt(row.get("conditions"))
 
 
+def require_asked_for(before: Mapping[str, Any], wanted: Sequence[Cell], path: Path) -> None:
+    """Raise UsageError where the report holds cells beside those wanted, which a new one would not."""
+    ours = {identity(cell) for cell in wanted}
+    beside = {row_identity(row): row for section in SECTIONS for row in before[section]}
+    if others := [row for known, row in beside.items() if known not in ours]:
+        r = (others[0].get("conditions") or {}).get("r")
+        cells, them = ("1 cell", "it") if len(others) == 1 else (f"{len(others)} cells", "them")
+        raise UsageError(
+            f"--resume {path}: holds {cells} that this grid does not ask for and would lose, first "
+            f"{others[0]['subject']}{f' r {r}' if r else ''}; ask for {them} too, or give another --json"
+        )
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is no longer as in an earlier report's environment: nothing it measured can be kept."""
     old, new = _facts(before), _facts(json.loads(json.dumps(now)))
@@ -108,6 +121,7 @@ def _facts(environment: Mapping[str, Any]) -> dict[str, Any]:
         "Python": environment.get("python"),
         "CUDA": [environment.get("cuda"), environment.get("cudnn")],
         "the libraries": libraries,
+        "the harness": environment.get("harness"),
         "the threads": environment.get("threads"),
     }
 

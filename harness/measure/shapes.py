@@ -102,7 +102,7 @@ def points(
     checkpointing: Sequence[bool] = (False, True),
     quantization: Sequence[Quantization] = ("none", "nf4"),
 ) -> list[Point]:
-    """Every combination; UsageError where there is none."""
+    """Every combination once; UsageError where there is none."""
     grid = [
         Point(r=r_, dtype=d, batch=b, sequence=s, checkpointing=c, quantization=q)
         for r_, d, b, s, c, q in itertools.product(
@@ -111,7 +111,7 @@ def points(
     ]
     if not grid:
         raise UsageError("the grid has no cell; give each of its axes at least one value")
-    return grid
+    return list(dict.fromkeys(grid))
 
 
 def measure(
@@ -124,7 +124,7 @@ def measure(
 
     Raises UsageError where the adapter cannot do with shapes alone.
     """
-    from harness.measure.fake import fake_tensors
+    from harness.measure.fake import fake_mode, fake_tensors
     from harness.measure.ledger import uncollected
 
     def setting(point: Point) -> tuple[int, str, bool]:
@@ -132,11 +132,12 @@ def measure(
 
     # What was imported stays: to walk through it at each collection is a tenth of a point's time.
     gc.freeze()
-    for (r, dtype, checkpointing), same in itertools.groupby(
-        sorted(grid, key=setting), key=setting
-    ):
-        with fake_tensors(), _on_shapes(adapter):
-            with uncollected():
+    try:
+        for (r, dtype, checkpointing), same in itertools.groupby(
+            sorted(grid, key=setting), key=setting
+        ):
+            mode = fake_mode()
+            with fake_tensors(mode), _on_shapes(adapter), uncollected():
                 base, adapted = _adapted(
                     adapter, model, r=r, dtype=dtype, checkpointing=checkpointing
                 )
@@ -146,8 +147,11 @@ def measure(
             for alike in runs.values():
                 one = alike[0]
                 batches = max(1, math.ceil(target / one.tokens)) if target else 1
-                yield from _run(adapter, base, adapted, alike, batches)
-    gc.unfreeze()
+                with fake_tensors(mode), _on_shapes(adapter):
+                    found = list(_run(adapter, base, adapted, alike, batches))
+                yield from found  # outside: the caller's own tensors are real
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

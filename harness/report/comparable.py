@@ -4,7 +4,8 @@ kind, model ............ a difference rules out every row
 adapter ................ the specs: two implementations are not one that changed
 machine, GPU ........... memory and wall time
 Python ................. Python calls: 3.12 enters no function for a comprehension, 3.11 did
-threads, versions ...... nothing: what changed is what a comparison is for, and it is told
+threads, versions,
+seed, device, recipe ... nothing: what changed is what a comparison is for, and it is told
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ def ruled_out(found: tuple[Key, ...]) -> dict[str, Key]:
     return reasons
 
 
+def bars(barred: Mapping[str, Key], name: str, metric: str) -> Key | None:
+    """The key that rules out a cost, by its section and metric."""
+    return barred.get(name) or (barred.get("calls") if metric == "python_calls" else None)
+
+
 _MACHINE = ("memory", "timing")
 _RULES_OUT: dict[str, tuple[str, ...]] = {
     "kind": ALL,
@@ -127,6 +133,13 @@ def facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, library in (environment.get("libraries") or {}).items():
         yield plain(name, limit=60), _library(library or {})
     yield "harness", _library(environment.get("harness") or {})
+    for table, settings in (report.get("recipe") or {}).items():
+        # Under the name that `--set` takes.
+        if isinstance(settings, dict):
+            for name, value in settings.items():
+                yield plain(f"{table}.{name}", limit=60), _word(value)
+        else:
+            yield plain(f"recipe {table}", limit=60), _word(settings)
 
 
 def _threads(threads: Mapping[str, Any]) -> str:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UsageError
-from harness.report.comparable import Key, keys, ruled_out
+from harness.report.comparable import Key, bars, keys, ruled_out
 from harness.report.history import group, load
-from harness.report.results import judge_spec, results_by_id
+from harness.report.results import JUDGED, judge_spec, results_by_id
 from harness.report.rows import (
     SECTIONS,
     VERDICTS,
@@ -82,22 +82,29 @@ class Comparison:
         """Why nothing may be concluded from what is not worse, in words; empty where it may."""
         if not self.new["finished"]:
             return "the new run did not finish"
-        count = sum(row.section == "spec" and row.verdict == "inconclusive" for row in self.rows)
-        return f"{plural(count, 'spec')} inconclusive" if count else ""
+        open_ = Counter(row.section for row in self.rows if row.verdict == "inconclusive")
+        specs, costs = open_["spec"], open_["counter"] + open_["memory"]
+        told = [plural(n, noun) for n, noun in ((specs, "spec"), (costs, "cost")) if n]
+        if told:
+            return f"{' and '.join(told)} inconclusive"
+        # What was judged in neither run is the same; a failed spec would tell of those it blocks.
+        return "the new run is INCOMPLETE" if self.new.get("verdict") == "INCOMPLETE" else ""
 
     def exit_code(self, fail_on: Iterable[str]) -> int:
         """1 where a row has a word of `fail_on`; 3 where it is one that leaves the question open.
 
         A comparison that judged nothing is 3 as well, and so is one of a run that was cut short or
-        that left a spec undecided, unless `fail_on` asks for no decision.
+        that left a spec or a counted cost undecided. Where `fail_on` asks for no decision, it is 0.
         """
         counts, wanted = self.counts, set(fail_on)
+        if not wanted:
+            return 0
         undecided = {"inconclusive", "incomparable"}
         if any(counts[word] for word in wanted - undecided):
             return 1
-        if any(counts[word] for word in wanted & undecided) or (wanted and self.undecided):
+        if any(counts[word] for word in wanted & undecided) or self.undecided:
             return 3
-        return 0 if any(counts[word] for word in set(VERDICTS) - undecided) else 3
+        return 0 if any(map(_says, self.rows)) else 3
 
     def frame(self) -> pd.DataFrame:
         """The rows as a table."""
@@ -126,6 +133,14 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Comparison:
         rows += _cost_rows(old, new, section, name, barred)
     rows.sort(key=lambda row: len(VERDICTS) if row.verdict is None else VERDICTS.index(row.verdict))
     return Comparison(old=old, new=new, keys=found, rows=tuple(rows))
+
+
+def _says(row: Row) -> bool:
+    """Whether a row was judged in either run; one that was in neither is the same, and says nothing."""
+    if row.verdict in {None, "inconclusive", "incomparable"}:
+        return False
+    values = {row.old, row.new}
+    return not values.isdisjoint(JUDGED) if row.section == "spec" else values != {None}
 
 
 def _head(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,12 +178,11 @@ def _cost_rows(
     left = rows_by_identity(old[section], versions=versions)
     right = rows_by_identity(new[section], versions=versions)
     for key in dict.fromkeys([*left, *right]):
-        metric = key[2]
         yield cost_row(
             name,
             left.get(key),
             right.get(key),
-            barred=barred.get(name) or (barred.get("calls") if metric == "python_calls" else None),
+            barred=bars(barred, name, key[2]),
             finished=bool(new["finished"]),
             run=old,
         )

@@ -86,10 +86,10 @@ def _moment(path: Path) -> str:
     return found[1].decode("ascii", "replace") if found else ""
 
 
-def group(report: Mapping[str, Any]) -> tuple[str, str, str]:
-    """What makes a report one of a series: its kind, its adapter and its model."""
+def group(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """What makes a report one of a series: kind, adapter and model, and what of its specs was asked."""
     return (
         report["kind"],
         (report.get("adapter") or {}).get("name") or "",
-        report.get("model") or "",
+        *(report.get(name) or "" for name in ("model", "tier", "device", "dtype")),
     )

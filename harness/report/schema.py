@@ -100,6 +100,10 @@ class Recorder:
         started = now()
         stamp = re.sub(r"\D", "", started)
         self.path = None if path is None else Path(path)
+        self._before: str | None = None
+        if self.path is not None and self.path.is_file():
+            with suppress(OSError, UnicodeDecodeError):
+                self._before = self.path.read_text(encoding="utf-8")
         self._members: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "kind": kind,
@@ -159,9 +163,21 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, UsageError) and not any(self._lists.values()):
+            self._put_back()
+            return
         if kind is not None:
             self.add("notes", f"ended by {kind.__name__}: {error}".rstrip(": "))
         self.close(finished=kind is None)
+
+    def _put_back(self) -> None:
+        """What lay at the path before: a run that was asked for wrongly has nothing to say."""
+        if self.path is None or not self.path.is_file():
+            return
+        if self._before is None:
+            self.path.unlink()
+        else:
+            replace(self.path, self._before)
 
     def _put(self, name: str, value: Any) -> None:
         if name in LISTS:

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from harness.report.comparable import keys, ruled_out
+from harness.report.comparable import bars, keys, ruled_out
 from harness.report.results import judge_spec, results_by_id
 from harness.report.rows import (
     SECTIONS,
@@ -174,8 +174,8 @@ class Tracer:
         )
         barred = ruled_out(keys(before, report)) if before else {}
         self._specs(before, report, barred=barred.get("spec"))
-        for section, name in SECTIONS.items():
-            self._costs(before, report, section=section, barred=barred.get(name))
+        for section in SECTIONS:
+            self._costs(before, report, section=section, barred=barred)
         for one in self._series.values():
             if len(one.readings) <= index:
                 one.readings.append(None)
@@ -236,7 +236,7 @@ class Tracer:
                 )
 
     def _costs(
-        self, before: Report | None, after: Report, *, section: str, barred: Key | None
+        self, before: Report | None, after: Report, *, section: str, barred: Mapping[str, Key]
     ) -> None:
         index, name = len(self._runs) - 1, SECTIONS[section]
         rows = before[section] if before else []
@@ -260,7 +260,12 @@ class Tracer:
             if before is None or (old and new and _unmoved(section, old, new)):
                 continue
             row: Row = cost_row(
-                name, old, new, barred=barred, finished=bool(after["finished"]), run=before
+                name,
+                old,
+                new,
+                barred=bars(barred, name, key[2]),
+                finished=bool(after["finished"]),
+                run=before,
             )
             if row.verdict not in {"same", None}:
                 one.changes.append(
