@@ -67,7 +67,8 @@ def finetune(p: argparse.ArgumentParser) -> None:
 def check(p: argparse.ArgumentParser) -> None:
     """What is judged, and how much of it."""
     p.add_argument(
-        "adapter", help="peft, loralib, reference, an entry-point name, or pkg.module:factory"
+        "adapter",
+        help="peft, transformers, loralib, reference, an entry-point name, or pkg.module:factory",
     )
     p.add_argument(
         "--only",

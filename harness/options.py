@@ -22,7 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--adapter": {
         "action": "append",
         "metavar": "NAME",
-        "help": "judge this implementation: peft, loralib, an entry point, or pkg.module:factory; repeatable",
+        "help": "judge this implementation: peft, transformers, loralib, an entry point, or pkg.module:factory; repeatable",
     },
     "--spec": {
         "action": "append",

@@ -18,7 +18,7 @@ from harness.report.words import plain
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-BUILT_IN = ("loralib", "peft", "reference")
+BUILT_IN = ("loralib", "peft", "reference", "transformers")
 GROUP = "lora_harness.adapters"
 
 ARGUMENTS = {

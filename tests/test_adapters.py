@@ -16,7 +16,8 @@ from harness.registry import resolve
 # PEFT warns of much that is meant here: an embedding among the targets, merging what is merged.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-NAMES = ("reference", "peft", "loralib")
+NAMES = ("reference", "peft", "loralib", "transformers")
+SEVERAL = ("reference", "peft", "transformers")
 DTYPES = {n: getattr(torch, n) for n in ("float32", "bfloat16", "float16", "float64")}
 
 
@@ -99,6 +100,8 @@ def test_injection_changes_no_output(adapter):
 @pytest.mark.parametrize("merged", [False, True])
 def test_output_is_the_equation(adapter, merged):
     """W + scaling · B A, in float64 to the last few bits, merged or not."""
+    if merged and "merge" not in adapter.capabilities.features:
+        pytest.skip(f"{adapter.name} does not merge")
     model = fill(adapter, adapter.inject(Toy(), CONFIG))
     expected = truth(adapter, model)(TOKENS)
     if merged:
@@ -251,7 +254,7 @@ def test_reference_draws_by_the_seed_and_leaves_it_alone(reference):
     assert not torch.equal(drawn[0], drawn[2])
 
 
-@pytest.mark.parametrize("name", ["reference", "peft"])
+@pytest.mark.parametrize("name", SEVERAL)
 def test_disable_gives_the_base_and_comes_back(name):
     """Inside, the base's outputs bit for bit; after an exception, the adapter's, trainable as before."""
     adapter = resolve(name)
@@ -280,7 +283,7 @@ def test_reference_disables_what_is_merged(reference):
         assert torch.equal(model(TOKENS), Toy()(TOKENS))
 
 
-@pytest.mark.parametrize("name", ["reference", "peft"])
+@pytest.mark.parametrize("name", SEVERAL)
 def test_several_adapters_stay_apart(name):
     """Each acts alone, trains alone, and goes without trace; an unknown name raises."""
     adapter = resolve(name)
@@ -304,7 +307,7 @@ def test_several_adapters_stay_apart(name):
             call(model, "nobody")
 
 
-@pytest.mark.parametrize("name", ["reference", "peft"])
+@pytest.mark.parametrize("name", SEVERAL)
 def test_a_frozen_adapter_stays_frozen(name):
     """What was added with `trainable=False` does not train when activated; the other does again."""
     adapter = resolve(name)
@@ -336,7 +339,7 @@ def test_a_combination_is_the_weighted_sum(name):
     assert max(far(mixed[k][0], 0.7 * one[k][0] - 1.3 * two[k][0]) for k in one) < 1e-13
 
 
-@pytest.mark.parametrize("name", ["reference", "peft"])
+@pytest.mark.parametrize("name", SEVERAL)
 @pytest.mark.parametrize("trainable", [False, True])
 def test_what_was_saved_loads_into_a_bare_base(name, trainable, tmp_path):
     """Factors and scaling come back, and train only if asked."""

@@ -18,7 +18,7 @@ ENTRY = {
 }
 BUILT_IN = [
     pytest.param(entry, id=f"{name}-{entry.spec}-{number}")
-    for name, version in (("peft", "0.21.2"), ("loralib", "0.1.2"))
+    for name, version in (("peft", "0.21.2"), ("loralib", "0.1.2"), ("transformers", "5.23.0"))
     for number, entry in enumerate(known.built_in(name, version))
 ]
 

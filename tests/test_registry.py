@@ -56,7 +56,7 @@ def test_a_built_in_name_finds_its_implementation(name):
 def test_the_names_are_sorted_and_hold_the_built_in():
     """`names` is what `resolve` knows without a colon."""
     assert registry.names() == sorted(registry.names())
-    assert {"loralib", "peft", "reference"} <= set(registry.names())
+    assert {"loralib", "peft", "reference", "transformers"} <= set(registry.names())
 
 
 def test_an_adapter_in_the_working_directory_is_found(here):

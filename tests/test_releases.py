@@ -93,6 +93,27 @@ RELEASES = {
     "transformers 4.48.0: four times the update": Release(
         leg=TRAINERS["transformers 4.48.0"], spec="training/trainer-update"
     ),
+    "transformers 4.46.3: a loaded adapter trains": Release(
+        leg=("transformers==4.46.3", "peft==0.13.2"),
+        adapter="transformers",
+        spec="checkpoint/load-trainability",
+        says="lora_A",
+    ),
+    "transformers 5.2.0: a loaded adapter trains": Release(
+        leg=("transformers==5.2.0",),
+        adapter="transformers",
+        spec="checkpoint/load-trainability",
+        says="lora_A",
+    ),
+    "transformers 5.2.0: a loaded adapter drops in eval mode": Release(
+        leg=("transformers==5.2.0",),
+        adapter="transformers",
+        spec="checkpoint/load-keeps-mode",
+        says="two calls differ",
+    ),
+    "transformers 5.2.0: a quarter of the update": Release(
+        leg=("transformers==5.2.0",), spec="training/trainer-update"
+    ),
     "trl 0.19.1: no gradient under checkpointing": Release(
         leg=TRAINERS["trl 0.19.1"], spec="training/sft-trainer-checkpointing"
     ),

@@ -23,6 +23,7 @@ CORRECT = (
     "reference",
     "peft",
     "loralib",
+    "transformers",
     "parametrised:adapter",
     "transposed:adapter",
     "hooked:adapter",

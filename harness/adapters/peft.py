@@ -52,19 +52,11 @@ class Peft:
 
     def factors(self, model: Any) -> dict[str, list[Factors]]:
         """The weights of the active adapter's `lora_A` and `lora_B`, by names in the base."""
-        name = model.active_adapter
-        return {
-            path: [_factors(layer, name)]
-            for path, layer in model.get_base_model().named_modules()
-            if isinstance(layer, lora.LoraLayer) and name in _downs(layer)
-        }
+        return factors(model.get_base_model(), model.active_adapter)
 
     def base_weight(self, model: Any, name: str) -> Tensor:
         """Of the base layer that the LoRA layer holds or, before 0.7, is."""
-        layer = model.get_base_model().get_submodule(name)
-        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-        weight: Tensor = base.weight
-        return weight
+        return base_weight(model.get_base_model(), name)
 
     def state_dict(self, model: Any) -> dict[str, Tensor]:
         """`get_peft_model_state_dict` of the active adapter."""
@@ -74,18 +66,8 @@ class Peft:
         return state
 
     def load_state_dict(self, model: Any, state: dict[str, Tensor]) -> None:
-        """`set_peft_model_state_dict`; ValueError where PEFT itself tells of a misfit, from 0.14 on."""
-        name = model.active_adapter
-        result = peft.set_peft_model_state_dict(model, dict(state), adapter_name=name)
-        if not _tells_misfits():
-            return
-        # `PeftModel.load_adapter` picks the adapter's own out of the missing keys by this rule.
-        missing = [key for key in result.missing_keys if "lora_" in key and name in key]
-        if missing or result.unexpected_keys:
-            raise ValueError(
-                f"the checkpoint does not fit: missing {missing[:3]}, "
-                f"unexpected {result.unexpected_keys[:3]}"
-            )
+        """`set_peft_model_state_dict` of the active adapter."""
+        load_state(model, state, model.active_adapter)
 
     def merge(self, model: Any) -> None:
         """`merge_adapter`."""
@@ -105,12 +87,9 @@ class Peft:
         model.add_adapter(name, settings(model.get_base_model(), config, inference=not trainable))
 
     def activate(self, model: Any, name: str) -> None:
-        """`set_adapter`, which frees what it activates: a frozen one is frozen as its docstring says."""
+        """`set_adapter`, which frees what it activates: a frozen one is frozen again."""
         model.set_adapter(name)
-        if model.peft_config[name].inference_mode:
-            for key, parameter in model.named_parameters():
-                if f".{name}" in key and ("lora_" in key or "modules_to_save" in key):
-                    parameter.requires_grad = False
+        freeze_if_inference(model, name)
 
     def delete(self, model: Any, name: str) -> None:
         """`delete_adapter`."""
@@ -152,6 +131,44 @@ def settings(model: nn.Module, config: LoraConfig, *, inference: bool = False) -
     if config.lora_bias:
         given["lora_bias"] = True
     return peft.LoraConfig(**given)
+
+
+def factors(base: nn.Module, name: str) -> dict[str, list[Factors]]:
+    """One adapter's weights in the layers that PEFT put into a base, by names in the base."""
+    return {
+        path: [_factors(layer, name)]
+        for path, layer in base.named_modules()
+        if isinstance(layer, lora.LoraLayer) and name in _downs(layer)
+    }
+
+
+def base_weight(base: nn.Module, name: str) -> Tensor:
+    """The frozen weight of an adapted layer of a base."""
+    layer: Any = base.get_submodule(name)
+    weight: Tensor = (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer).weight
+    return weight
+
+
+def load_state(model: Any, state: dict[str, Tensor], name: str) -> None:
+    """Into the adapter of that name; ValueError where PEFT itself tells of a misfit, from 0.14 on."""
+    result = peft.set_peft_model_state_dict(model, dict(state), adapter_name=name)
+    if not _tells_misfits():
+        return
+    # `PeftModel.load_adapter` picks the adapter's own out of the missing keys by this rule.
+    missing = [key for key in result.missing_keys if "lora_" in key and name in key]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"the checkpoint does not fit: missing {missing[:3]}, "
+            f"unexpected {result.unexpected_keys[:3]}"
+        )
+
+
+def freeze_if_inference(model: Any, name: str) -> None:
+    """Freeze an adapter that is in inference mode, as the docstring of PEFT's `set_adapter` says."""
+    if model.peft_config[name].inference_mode:
+        for key, parameter in model.named_parameters():
+            if f".{name}" in key and ("lora_" in key or "modules_to_save" in key):
+                parameter.requires_grad = False
 
 
 def capabilities() -> Capabilities:
