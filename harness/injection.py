@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 def fitted(base: nn.Module, config: LoraConfig, *, partial: bool) -> tuple[LoraConfig, list[str]]:
     """The config with the target names that the base has, and notes on those it has not.
 
-    Raises UsageError where a name matches nothing (unless `partial` and another one matches), and
-    where the rank is above the width of a layer: B·A could never have it.
+    Raises UsageError where a name matches nothing (unless `partial` and another one matches), where
+    the rank is above the width of a layer (B·A could never have it), and where `enable_lora` names
+    what is no target.
     """
     notes: list[str] = []
     names = config.target_modules
@@ -55,6 +56,12 @@ def fitted(base: nn.Module, config: LoraConfig, *, partial: bool) -> tuple[LoraC
         found = config.targets(base)
     except ValueError as error:
         raise UsageError(f"peft_config.{error}") from error
+    for part in config.enable_lora or ():
+        if not any(matches(name, part) for name in found):
+            raise UsageError(
+                f"peft_config.enable_lora: no module that target_modules names is called {part}; "
+                f"those are {', '.join(dict.fromkeys(n.rpartition('.')[2] for n in found))}"
+            )
     for name, module in found.items():
         width = min(sizes(module)) if isinstance(module, nn.Linear) else config.r
         if config.r > width:

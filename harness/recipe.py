@@ -82,15 +82,18 @@ class Recipe:
 def _parts(table: Mapping[str, Any]) -> dict[str, tuple[tuple[int, bool], ...]]:
     """`enable_lora` as the config has it. Raises UsageError on what is not pairs."""
     try:
-        return {
-            name: tuple((int(rows), bool(wanted)) for rows, wanted in parts)
-            for name, parts in table.items()
+        found = {
+            name: tuple((rows, wanted) for rows, wanted in parts) for name, parts in table.items()
         }
     except (TypeError, ValueError):
+        found = {"": ((None, None),)}
+    pairs = [pair for parts in found.values() for pair in parts]
+    if not all(_is(WHOLE, rows) and rows > 0 and _is(BOOLEAN, on) for rows, on in pairs):
         raise UsageError(
             "peft_config.enable_lora: must give each module its parts as pairs of rows and whether to "
             "adapt them, say {qkv_proj = [[64, true], [64, false], [64, true]]}"
-        ) from None
+        )
+    return found
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:

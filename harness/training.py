@@ -389,6 +389,11 @@ def _claims(adapter: Adapter, recipe: Recipe) -> None:
                 f"adapter {adapter.name}: does not claim {feature}, which the recipe asks for; "
                 "choose another --adapter, or --set the recipe without it"
             )
+    if asked.get("enable_lora") and "fused_linear" not in able.layers:
+        raise UsageError(
+            f"adapter {adapter.name}: does not claim fused_linear, which peft_config.enable_lora asks "
+            "for; choose another --adapter, or leave enable_lora out"
+        )
     if asked["bias"] not in able.bias:
         raise UsageError(f"adapter {adapter.name}: does not claim bias={asked['bias']!r}")
     if recipe.model["dtype"] not in able.dtypes:

@@ -206,6 +206,10 @@ TABLE = {
         lambda: ["--set", "peft_config.enable_lora={qkv_proj=5}"],
         "peft_config.enable_lora: must give each module its parts as pairs of rows",
     ),
+    "parts that are not adapted apart": (
+        lambda: ["--set", "peft_config.enable_lora={qkv_proj=[[64,true],[64,false],[64,true]]}"],
+        "adapter peft: does not claim fused_linear, which peft_config.enable_lora asks for; ",
+    ),
     "a device without numbers": (
         lambda: ["--device", "meta"],
         "device 'meta': holds no numbers; use cpu or cuda",

@@ -150,6 +150,51 @@ def test_another_scaling_than_the_config_gives_is_seen():
     assert found.reason.startswith("another scaling than alpha and r give in 12: ")
 
 
+def test_other_parts_than_those_asked_for_are_seen():
+    """Parts q and k in the place of q and v: as many numbers, in other rows."""
+    from harness import proof
+
+    asked, made = (
+        LoraConfig(
+            r=4, lora_alpha=8, target_modules=("qkv_proj",), enable_lora={"qkv_proj": layout}
+        )
+        for layout in (
+            ((64, True), (64, False), (64, True)),
+            ((64, True), (64, True), (64, False)),
+        )
+    )
+    adapter = registry.resolve("reference")
+    model, _, _ = injected(adapter, config=made)
+    expected = dict.fromkeys(adapter.factors(model), 4 * 128 * 2)
+    assert proof.only_lora_trains(model, adapter, made, expected).outcome == "passed"
+
+    found = proof.only_lora_trains(model, adapter, asked, expected)
+
+    assert found.outcome == "failed"
+    assert found.reason.startswith("adapts other rows than enable_lora names in [")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"enable_lora": {"qkvproj": ((192, True),)}},
+            "peft_config.enable_lora: no module that target_modules names is called qkvproj; those are o_proj",
+        ),
+    ],
+)
+def test_a_name_that_matches_nothing_is_told(given, said):
+    """A slip in a name would leave undone what the recipe asks for, without a word."""
+    import dataclasses
+
+    from harness import injection, phi3
+
+    with pytest.raises(UsageError) as error:
+        injection.fitted(phi3.load("tiny"), dataclasses.replace(CONFIG, **given), partial=False)
+
+    assert str(error.value) == said
+
+
 def test_a_module_to_save_may_be_named_with_a_dot():
     """`model.norm` is the norm before the head, and its weight may train."""
     from harness import proof

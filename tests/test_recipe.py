@@ -152,6 +152,15 @@ def test_a_mistake_is_one_line_that_says_how_to_mend_it(override, said):
     assert str(error.value) == said
 
 
+@pytest.mark.parametrize(
+    "part", ['[64, "no"]', "[64, 1]", "[64.5, true]", "[true, true]", "[0, true]"]
+)
+def test_a_part_is_a_number_of_rows_and_a_yes_or_no(part):
+    """`"no"` is a string, which Python would read as a yes."""
+    with pytest.raises(UsageError, match="must give each module its parts as pairs of rows"):
+        recipe.load("quick", [f"peft_config.enable_lora={{qkv_proj=[{part}]}}"])
+
+
 def test_an_unknown_recipe_names_the_nearest():
     """A misspelt recipe is met with the shipped ones."""
     with pytest.raises(UsageError) as error:
