@@ -84,6 +84,7 @@ class Run:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
         self.marks = checkpoint.digests(self.base.state_dict())
         self.expected = proof.expected_counts(self.base, self.config)
+        self.whole = proof.whole_counts(self.base, self.config)
         self.shells = folded.shells(self.base, self.config)
         self.model: nn.Module = self.base
         self.steps = 0
@@ -115,7 +116,9 @@ class Run:
         self.steps = trainer.state.global_step
         injection.evaluating(self.model, self.adapter)
         return [
-            proof.only_lora_trains(self.model, self.adapter, self.config, self.expected),
+            proof.only_lora_trains(
+                self.model, self.adapter, self.config, self.expected, self.whole
+            ),
             proof.optimizer_holds(self.model, trainer.optimizer),
             proof.checkpoint_is_whole(self.model, self.marks, self.folder.path),
             losses.loss_went_down(losses.curve(self.history, "loss"), self._reach()),

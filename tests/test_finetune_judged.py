@@ -139,12 +139,12 @@ def test_another_scaling_than_the_config_gives_is_seen():
     adapter = registry.resolve("peft")
     model, _, _ = injected(adapter)
     expected = dict.fromkeys(adapter.factors(model), 4 * 128)
-    assert proof.only_lora_trains(model, adapter, CONFIG, expected).outcome == "passed"
+    assert proof.only_lora_trains(model, adapter, CONFIG, expected, {}).outcome == "passed"
     for layer in model.modules():
         if isinstance(getattr(layer, "scaling", None), dict):
             layer.scaling["default"] = 32.0
 
-    found = proof.only_lora_trains(model, adapter, CONFIG, expected)
+    found = proof.only_lora_trains(model, adapter, CONFIG, expected, {})
 
     assert found.outcome == "failed"
     assert found.reason.startswith("another scaling than alpha and r give in 12: ")
@@ -166,9 +166,9 @@ def test_other_parts_than_those_asked_for_are_seen():
     adapter = registry.resolve("reference")
     model, _, _ = injected(adapter, config=made)
     expected = dict.fromkeys(adapter.factors(model), 4 * 128 * 2)
-    assert proof.only_lora_trains(model, adapter, made, expected).outcome == "passed"
+    assert proof.only_lora_trains(model, adapter, made, expected, {}).outcome == "passed"
 
-    found = proof.only_lora_trains(model, adapter, asked, expected)
+    found = proof.only_lora_trains(model, adapter, asked, expected, {})
 
     assert found.outcome == "failed"
     assert found.reason.startswith("adapts other rows than enable_lora names in [")
@@ -180,6 +180,10 @@ def test_other_parts_than_those_asked_for_are_seen():
         (
             {"enable_lora": {"qkvproj": ((192, True),)}},
             "peft_config.enable_lora: no module that target_modules names is called qkvproj; those are o_proj",
+        ),
+        (
+            {"modules_to_save": ("lm_hed",)},
+            "peft_config.modules_to_save: no module with parameters is called lm_hed; this model's are model, embed_tokens, layers, self_attn, o_proj, qkv_proj, mlp, gate_up_proj, down_proj, input_layernorm, post_attention_layernorm, norm, lm_head",
         ),
     ],
 )
@@ -206,7 +210,31 @@ def test_a_module_to_save_may_be_named_with_a_dot():
     model, _, _ = injected(adapter, config=config)
     expected = dict.fromkeys(adapter.factors(model), 4 * 128)
 
-    assert proof.only_lora_trains(model, adapter, config, expected).outcome == "passed"
+    whole = {"model.norm.weight": 64}
+    assert proof.only_lora_trains(model, adapter, config, expected, whole).outcome == "passed"
+
+
+@pytest.mark.parametrize("name", ["peft", "reference"])
+def test_a_module_to_save_that_does_not_train_is_seen(name):
+    """Its count is nowhere in r·(in + out)."""
+    from harness import phi3, proof
+    from harness.injection import trainable
+
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=("o_proj",), modules_to_save=("model.norm", "lm_head")
+    )
+    adapter = registry.resolve(name)
+    base = phi3.load("tiny")
+    expected, whole = proof.expected_counts(base, config), proof.whole_counts(base, config)
+    model, _, _ = injected(adapter, config=config)
+    assert proof.only_lora_trains(model, adapter, config, expected, whole).outcome == "passed"
+    for key, parameter in trainable(model).items():
+        parameter.requires_grad_("lm_head" not in key)
+
+    found = proof.only_lora_trains(model, adapter, config, expected, whole)
+
+    assert found.outcome == "failed"
+    assert found.reason == "does not train 1 of modules_to_save: ['lm_head.weight']"
 
 
 @pytest.mark.parametrize(("last", "outcome"), [(3.2, "passed"), (3.45, "not_run"), (3.7, "failed")])
