@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def fitted(base: nn.Module, config: LoraConfig, *, partial: bool) -> tuple[LoraConfig, list[str]]:
     """The config with the target names that the base has, and notes on those it has not.
 
-    Raises UsageError where a name matches nothing (unless `partial` and another one matches), where
-    the rank is above the width of a layer (B·A could never have it), where `enable_lora` names what
+    Raises UsageError where a name matches nothing (unless `partial` and another one matches) or what
+    is neither linear nor an embedding, where the rank is above the width of a layer (B·A could never have it), where `enable_lora` names what
     is no target, and where `modules_to_save` names what has nothing to train.
     """
     notes: list[str] = []
@@ -57,6 +57,12 @@ def fitted(base: nn.Module, config: LoraConfig, *, partial: bool) -> tuple[LoraC
         found = config.targets(base)
     except ValueError as error:
         raise UsageError(f"peft_config.{error}") from error
+    for name, module in found.items():
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            raise UsageError(
+                f"peft_config.target_modules: {name} is a {type(module).__name__}, to which LoRA is not "
+                f"put; this model's linear layers are {', '.join(_linear(base))}"
+            )
     for part in config.enable_lora or ():
         if not any(matches(name, part) for name in found):
             raise UsageError(

@@ -26,6 +26,7 @@ from harness.errors import UsageError
 from harness.settings import (
     ATTENTION,
     BOOLEAN,
+    CHECKPOINTING,
     DEFAULTS,
     DTYPES,
     KEYS,
@@ -247,9 +248,20 @@ def _check(merged: dict[Section, dict[str, Any]]) -> None:
         "per_device_eval_batch_size",
         "gradient_accumulation_steps",
         "max_length",
+        "eval_accumulation_steps",
+        "pad_to_multiple_of",
     ):
         if training.get(key, 1) < 1:
             raise UsageError(f"training_config.{key}: must be at least 1, not {training[key]}")
+    if training.get("dataloader_num_workers", 0) < 0:
+        raise UsageError(
+            "training_config.dataloader_num_workers: must be at least 0, not "
+            f"{training['dataloader_num_workers']}"
+        )
+    for key in training.get("gradient_checkpointing_kwargs", ()):
+        _one_of("training_config.gradient_checkpointing_kwargs", key, CHECKPOINTING)
+    metric = training.get("metric_for_best_model", "loss")
+    _one_of("training_config.metric_for_best_model", metric, ("loss", "eval_loss"))
     _check_numbers(merged)
     for key in ("max_new_tokens", "match_examples"):
         if merged["data"][key] < 1:

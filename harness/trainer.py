@@ -88,6 +88,18 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]  # trl is published with
         self.adapter, self.injected = adapter, injected
         super().__init__(**given)
 
+    def check_settings(self) -> None:
+        """Make an optimizer and a schedule for nobody: what the settings get wrong is raised here.
+
+        Met in `train`, it would look like the implementation's doing.
+        """
+        made, given = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if given.keys() & {"params", "model", "optimizer_dict"}:
+            return  # one of those that are made for a model
+        optimizer = made([torch.nn.Parameter(torch.zeros(1))], **given)
+        self.create_scheduler(num_training_steps=max(self.args.max_steps, 1), optimizer=optimizer)
+        self.lr_scheduler = None  # `train` makes its own
+
     def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
         """Write the adapter alone; `state_dict`, the whole model's, is not asked for."""
         del state_dict

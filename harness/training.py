@@ -87,6 +87,7 @@ class Run:
         self.whole = proof.whole_counts(self.base, self.config)
         self.shells = folded.shells(self.base, self.config)
         self.model: nn.Module = self.base
+        self.injecting = False
         self.steps = 0
         self.logged: Callable[[], None] = lambda: None
         self.history: list[dict[str, Any]] = []
@@ -98,6 +99,7 @@ class Run:
         from harness import injection
 
         torch.manual_seed(self.seed)
+        self.injecting = True
         self.model = self.adapter.inject(self.base, self.config)
         injection.hold(self.model, self.adapter)
         if self.request["start"]:
@@ -232,6 +234,7 @@ class Run:
                 processing_class=self.tokenizer,
                 callbacks=[log],
             )
+            trainer.check_settings()
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             raise UsageError(f"training_config: {first_line(error)}") from error
         trainer.remove_callback(ProgressCallback)

@@ -202,6 +202,14 @@ TABLE = {
         lambda: ["--set", "training_config.report_to=foo"],
         "training_config: foo is not supported",
     ),
+    "an optimizer that cannot be": (
+        lambda: ["--set", "training_config.adam_beta1=2"],
+        "training_config: Invalid beta parameter at index 0: 2",
+    ),
+    "a schedule that wants more": (
+        lambda: ["--set", "training_config.lr_scheduler_type=cosine_with_min_lr"],
+        "training_config: One of min_lr or min_lr_rate should be set",
+    ),
     "parts that are no pairs": (
         lambda: ["--set", "peft_config.enable_lora={qkv_proj=5}"],
         "peft_config.enable_lora: must give each module its parts as pairs of rows",

@@ -11,6 +11,7 @@ import textwrap
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -182,6 +183,17 @@ def test_other_parts_than_those_asked_for_are_seen():
             "peft_config.enable_lora: no module that target_modules names is called qkvproj; those are o_proj",
         ),
         (
+            {"target_modules": ("self_attn",)},
+            "peft_config.target_modules: model.layers.0.self_attn is a Phi3Attention, to which LoRA is not put; this model's linear layers are o_proj, qkv_proj, gate_up_proj, down_proj, lm_head",
+        ),
+        (
+            {
+                "target_modules": "all-linear",
+                "enable_lora": {"qkv_proj": ((64, True), (64, False))},
+            },
+            "peft_config.enable_lora: the parts of model.layers.0.self_attn.qkv_proj are 128 rows together, the layer has 192",
+        ),
+        (
             {"modules_to_save": ("lm_hed",)},
             "peft_config.modules_to_save: no module with parameters is called lm_hed; this model's are model, embed_tokens, layers, self_attn, o_proj, qkv_proj, mlp, gate_up_proj, down_proj, input_layernorm, post_attention_layernorm, norm, lm_head",
         ),
@@ -329,6 +341,40 @@ def test_what_was_trained_outlives_what_ends_the_run(  # noqa: PLR0917  # half o
     assert run.main(str(path)) == code
     assert capsys.readouterr().err.startswith(said)
     assert (folder.path / "adapter.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("injecting", "kind", "code", "said"),
+    [
+        (True, RuntimeError, 1, "peft failed: RuntimeError: no; the traceback is in "),
+        (False, RuntimeError, 2, "model, data or recipe: RuntimeError: no; mend it, or "),
+        (
+            True,
+            type("OutOfMemoryError", (RuntimeError,), {}),
+            2,
+            "the GPU's memory is used up (no); --set ",
+        ),
+    ],
+    ids=["after injection", "before injection", "no memory"],
+)
+def test_only_what_the_implementation_does_is_its_failure(  # noqa: PLR0917  # half of them pytest's
+    injecting, kind, code, said, monkeypatch, capsys, tmp_path
+):
+    """Before LoRA is put in, it is the input's; and a full card is nobody's sin."""
+    from harness import library_log
+
+    monkeypatch.setattr(library_log, "divert", lambda _: None)
+    folder = RunFolder(path=tmp_path / "peft-tiny")
+    path = request(folder)
+
+    def breaks(_request, _folder, held):
+        held.append(SimpleNamespace(injecting=injecting, steps=0))
+        raise kind("no")
+
+    monkeypatch.setattr(run, "_run", breaks)
+
+    assert run.main(str(path)) == code
+    assert capsys.readouterr().err.startswith(f"lora-harness finetune: {said}")
 
 
 def test_sigterm_is_handed_to_the_child_which_ends_in_order(tmp_path):

@@ -139,6 +139,30 @@ def test_the_samples_have_their_own_values(name, section, values):
             "training_config.learning_rate: must be above 0, not -1",
         ),
         (
+            "training_config.pad_to_multiple_of=0",
+            "training_config.pad_to_multiple_of: must be at least 1, not 0",
+        ),
+        (
+            "training_config.eval_accumulation_steps=0",
+            "training_config.eval_accumulation_steps: must be at least 1, not 0",
+        ),
+        (
+            "training_config.dataloader_num_workers=-1",
+            "training_config.dataloader_num_workers: must be at least 0, not -1",
+        ),
+        (
+            "training_config.gradient_checkpointing_kwargs={reentrant=true}",
+            (
+                "training_config.gradient_checkpointing_kwargs: unknown 'reentrant'; did you mean "
+                "use_reentrant?; known are use_reentrant, preserve_rng_state, determinism_check, debug, "
+                "early_stop"
+            ),
+        ),
+        (
+            "training_config.metric_for_best_model=accuracy",
+            "training_config.metric_for_best_model: unknown 'accuracy'; known are loss, eval_loss",
+        ),
+        (
             "seed=1",
             "--set seed=1: must be section.key=value, say training_config.learning_rate=1e-4",
         ),
