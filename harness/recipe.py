@@ -260,6 +260,11 @@ def _check(merged: dict[Section, dict[str, Any]]) -> None:
         )
     for key in training.get("gradient_checkpointing_kwargs", ()):
         _one_of("training_config.gradient_checkpointing_kwargs", key, CHECKPOINTING)
+    if training.get("completion_only_loss"):
+        raise UsageError(
+            "training_config.completion_only_loss: is for pairs of prompt and completion, and the data "
+            "here are messages; training_config.assistant_only_loss leaves the questions out"
+        )
     metric = training.get("metric_for_best_model", "loss")
     _one_of("training_config.metric_for_best_model", metric, ("loss", "eval_loss"))
     _check_numbers(merged)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import library_log, process
-from harness.console import wrapped
 from harness.errors import UsageError, first_line
 from harness.run_folder import RunFolder, clear
 
@@ -112,7 +111,7 @@ def _kept(folder: RunFolder, run: list[Run]) -> str:
 
 def _run(request: dict[str, Any], folder: RunFolder, held: list[Run]) -> int:
     from harness import environment
-    from harness.training import Run
+    from harness.training import Run, tell
 
     run = Run(request)
     held.append(run)
@@ -126,9 +125,7 @@ def _run(request: dict[str, Any], folder: RunFolder, held: list[Run]) -> int:
         f"parameters beside {parameters:,}",
         flush=True,
     )
-    for note in run.notes:
-        told = wrapped(f"note: {note}", initial_indent="  ", subsequent_indent="    ")
-        print(told, flush=True)
+    tell(run.notes)
     with _recorder(request)(
         folder.report,
         kind="finetune",

@@ -46,6 +46,11 @@ def settings(recipe: Recipe, output: Path, *, device: str) -> tuple[SFTConfig, l
     wanted = given.pop("output_dir", None)
     if wanted is not None:
         notes.append(f"training_config.output_dir {wanted!r} is recorded; the run lies in {output}")
+    if "warmup_ratio" in given and "warmup_steps" in given:
+        notes.append(
+            f"training_config.warmup_ratio {given.pop('warmup_ratio')} gives way to "
+            f"warmup_steps={given['warmup_steps']}"
+        )
     if "warmup_ratio" in given and "warmup_ratio" not in known:
         # transformers 5 dropped warmup_ratio: a warmup_steps below 1 is the same fraction.
         given["warmup_steps"] = given.pop("warmup_ratio")

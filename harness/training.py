@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from harness import recipe as recipes
 from harness import run_folder
+from harness.console import wrapped
 from harness.errors import UsageError, first_line
 from harness.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor, nn
 
@@ -135,6 +136,11 @@ class Run:
         kinds = ("loss", "eval_loss", "learning_rate")
         return {"steps": self.steps} | {kind: curve(self.history, kind) for kind in kinds}
 
+    def _note(self, *notes: str) -> None:
+        """Note what is known only now, when the others have been told."""
+        self.notes += notes
+        tell(notes)
+
     def _heard(self, state: Any) -> None:
         """Keep up with the trainer: called whenever it logs."""
         self.steps, self.history = state.global_step, list(state.log_history)
@@ -183,9 +189,7 @@ class Run:
             return None
         last = self.folder.last_checkpoint()
         if last is None:
-            note = "--resume: the run has no checkpoint yet: it starts over"
-            self.notes.append(note)
-            print(f"  note: {note}", flush=True)
+            self._note("--resume: the run has no checkpoint yet: it starts over")
             return None
         checkpoint.check_whole(last)
         self.folder.rewind(_step(last))
@@ -209,7 +213,7 @@ class Run:
         from harness.trainer import AdapterTrainer, Log, settings
 
         config, notes = settings(self.recipe, self.folder.checkpoints, device=self.device)
-        self.notes += notes
+        self._note(*notes)
         known = isinstance(self.model, PreTrainedModel | peft.PeftModel)
         kwargs = config.gradient_checkpointing_kwargs or {}
         if config.gradient_checkpointing and kwargs.get("use_reentrant", False):
@@ -361,6 +365,13 @@ class Run:
         del self.model, self.base
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def tell(notes: Iterable[str]) -> None:
+    """Print notes on a run."""
+    for note in notes:
+        told = wrapped(f"note: {note}", initial_indent="  ", subsequent_indent="    ")
+        print(told, flush=True)
 
 
 def reply(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:

@@ -211,6 +211,33 @@ def test_a_name_that_matches_nothing_is_told(given, said):
     assert str(error.value) == said
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_steps_of_warmup_beat_a_ratio(tmp_path):
+    """As in transformers, where both are given; and it is said."""
+    from harness.trainer import settings
+
+    asked = recipe.load("quick", ["training_config.warmup_steps=30"])
+    assert asked.training_config["warmup_ratio"] == 0.1
+
+    found, notes = settings(asked, tmp_path, device="cpu")
+
+    assert found.get_warmup_steps(1000) == 30
+    assert notes == ["training_config.warmup_ratio 0.1 gives way to warmup_steps=30"]
+
+
+def test_a_note_of_the_trainers_is_told(capsys):
+    """It comes too late to be told with the others."""
+    from harness.training import Run
+
+    one = Run.__new__(Run)
+    one.notes = ["before"]
+
+    one._note("training_config.output_dir 'x' is recorded")
+
+    assert one.notes == ["before", "training_config.output_dir 'x' is recorded"]
+    assert capsys.readouterr().out == "  note: training_config.output_dir 'x' is recorded\n"
+
+
 def test_a_module_to_save_may_be_named_with_a_dot():
     """`model.norm` is the norm before the head, and its weight may train."""
     from harness import proof

@@ -159,6 +159,13 @@ def test_the_samples_have_their_own_values(name, section, values):
             ),
         ),
         (
+            "training_config.completion_only_loss=true",
+            (
+                "training_config.completion_only_loss: is for pairs of prompt and completion, and the "
+                "data here are messages; training_config.assistant_only_loss leaves the questions out"
+            ),
+        ),
+        (
             "training_config.metric_for_best_model=accuracy",
             "training_config.metric_for_best_model: unknown 'accuracy'; known are loss, eval_loss",
         ),
