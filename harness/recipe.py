@@ -116,6 +116,13 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         section, key, value = _override(override, notes)
         merged[section][key] = value
     _check(merged)
+    model = merged["model"]["name"]
+    if name_or_path == NAMES[0] and model not in {"tiny", "tiny-gqa"}:
+        training = merged["training_config"]
+        notes.append(
+            f"recipe {NAMES[0]}: is made for tiny, and its learning rate is {training['learning_rate']:g}, "
+            f"its window {training['max_length']} tokens here; --recipe model-card is Phi-3's"
+        )
     name = name_or_path if name_or_path in NAMES else Path(name_or_path).stem
     recipe = _made(name, merged, tuple(dict.fromkeys(notes)))
     recipe.lora_config()

@@ -78,7 +78,7 @@ class Run:
         self.config, self.notes = injection.fitted(
             self.base, self.recipe.lora_config(), partial=bool(request["partial"])
         )
-        self.notes += [*self.recipe.notes, *said]
+        self.notes += [*request.get("notes", ()), *said]
         if self.quantized and self.device == "cpu":
             self.notes.append(base.KEPT_UNPACKED)
         if settings["gradient_checkpointing"]:

@@ -311,13 +311,18 @@ def test_a_folder_that_cannot_be_written_is_told(said, monkeypatch, tmp_path):
 def test_partial_targets_go_on_when_told_to(said, tmp_path):
     """With --allow-partial-targets the run adapts what matched, and its report notes the rest."""
     code, errors = said(
-        "--allow-partial-targets", "--set", 'peft_config.target_modules=["q_proj", "o_proj"]'
+        "--allow-partial-targets",
+        *("--set", 'peft_config.target_modules=["q_proj", "o_proj"]'),
+        *("--set", "training_config.max_seq_length=64"),
     )
 
     report = json.loads((tmp_path / "out" / "peft-tiny.json").read_text("utf-8"))
     assert (code, errors) != (2, "")
     assert report["notes"][0] == (
         "peft_config.target_modules: matched are o_proj (12 modules); no module is called q_proj"
+    )
+    assert report["notes"][1] == (
+        "training_config.max_seq_length is read as training_config.max_length, its name today"
     )
     assert report["results"][0]["measured"].endswith("in 12 modules")
 

@@ -219,6 +219,15 @@ def test_a_file_of_the_users_own_is_read_with_defaults(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("model", "notes"), [("tiny", 0), ("tiny-gqa", 0), ("mini-4k", 1)])
+def test_quick_on_another_model_than_tiny_is_noted(model, notes):
+    """Its learning rate and window are tiny's."""
+    loaded = recipe.load("quick", [f"model.name={model}"])
+
+    assert len(loaded.notes) == notes
+    assert all(n.endswith("; --recipe model-card is Phi-3's") for n in loaded.notes)
+
+
 def test_an_older_name_is_read_as_todays_and_said():
     """`max_seq_length`, as older TRL had it, is max_length, with a note."""
     loaded = recipe.load("quick", ["training_config.max_seq_length=32"])
