@@ -119,6 +119,7 @@ class LoraConfig:
             }
             if not found:
                 raise ValueError('target_modules: "all-linear" matches no nn.Linear in the model')
+            self._check_parts(found)
             return found
         found = {}
         matched: set[str] = set()
@@ -129,8 +130,7 @@ class LoraConfig:
                 if matches(name, target):
                     matched.add(target)
                     found[first] = module
-        for name, module in found.items():
-            self.parts(name, rows=getattr(module, "out_features", None))
+        self._check_parts(found)
         missing = [target for target in self.target_modules if target not in matched]
         if missing:
             raise ValueError(
@@ -138,6 +138,10 @@ class LoraConfig:
                 f"no module of {type(model).__name__}"
             )
         return found
+
+    def _check_parts(self, found: Mapping[str, nn.Module]) -> None:
+        for name, module in found.items():
+            self.parts(name, rows=getattr(module, "out_features", None))
 
     def replace(self, model: nn.Module, make: Callable[[str, nn.Module], nn.Module]) -> None:
         """Put `make(name, module)` in the place of each target, under every name it has.

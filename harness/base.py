@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +61,7 @@ def load(settings: Mapping[str, Any]) -> Phi3ForCausalLM:
     if name == "tiny":
         return _quantized(str(phi3.directory()), settings, options)
     if name not in phi3.NAMES:
-        return _quantized(name, settings, options)
+        return _quantized(phi3.source(name), settings, options)
     # Random weights exist nowhere but in memory, and quantisation happens on the way in from a file.
     # A card that takes the base in four bits may be too small for it whole.
     with tempfile.TemporaryDirectory() as folder:
@@ -77,8 +76,6 @@ def _quantized(
 ) -> Phi3ForCausalLM:
     from transformers import BitsAndBytesConfig, Phi3ForCausalLM
 
-    if not Path(source).is_dir() and "/" not in source:
-        raise UsageError(f"model {source!r}: unknown; known are {', '.join(phi3.NAMES)}")
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=settings.get("bnb_4bit_quant_type", "nf4"),
@@ -88,18 +85,20 @@ def _quantized(
         ),
     )
     try:
-        with phi3.without_bars():
-            model: Phi3ForCausalLM = Phi3ForCausalLM.from_pretrained(
+        with phi3.quietly():
+            model, told = Phi3ForCausalLM.from_pretrained(
                 source,
                 quantization_config=quantization,
                 device_map={"": options["device"]},
                 dtype=getattr(torch, options["dtype"]),
                 attn_implementation=options["attn_implementation"],
+                output_loading_info=True,
             )
     except (OSError, ImportError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"model {source}: cannot be loaded in 4 bits ({first_line(error)})"
         ) from error
+    phi3.check_whole(source, told)
     model.config.use_cache = options["use_cache"]
     _keep_unpacked(model)
     return model.eval()

@@ -52,7 +52,12 @@ def rows_of(path: Path) -> list[tuple[str, Any]]:
 
 
 def _text(path: Path) -> str:
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"data {path}: cannot be read ({error.strerror}); check the file"
+        ) from error
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -85,6 +90,10 @@ def _json(path: Path, text: str, first: int) -> Any:
         line = first + error.lineno - 1
         raise UsageError(
             f"data {path}: not JSON on line {line} ({error.msg}); mend that line"
+        ) from error
+    except RecursionError as error:
+        raise UsageError(
+            f"data {path}: nested too deeply in what begins on line {first}; mend that line"
         ) from error
 
 
@@ -146,6 +155,11 @@ def messages_of(name: str, where: str, row: Any) -> list[Message]:
         if not isinstance(message.get("content"), str):
             raise UsageError(
                 f"data {name}: a turn of {where} has no text as `content`; give it one"
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in message["content"]):
+            raise UsageError(
+                f"data {name}: a turn of {where} holds half a character (a lone surrogate, such as "
+                "\\ud83d); write the whole character"
             )
     if all(message["role"] != "assistant" for message in messages):
         raise UsageError(

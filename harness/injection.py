@@ -19,6 +19,7 @@ from harness.adapter import matches
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from torch import Tensor
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 def fitted(base: nn.Module, config: LoraConfig, *, partial: bool) -> tuple[LoraConfig, list[str]]:
     """The config with the target names that the base has, and notes on those it has not.
 
-    Raises UsageError where a name matches nothing (unless `partial` and another one matches), and
-    where the rank is above the width of a layer: B·A could never have it.
+    Raises UsageError where a name matches nothing (unless `partial` and another one matches) or what
+    is neither linear nor an embedding, where the rank is above the width of a layer (B·A could never have it), where `enable_lora` names what
+    is no target, and where `modules_to_save` names what has nothing to train.
     """
     notes: list[str] = []
     names = config.target_modules
@@ -55,6 +57,26 @@ def fitted(base: nn.Module, config: LoraConfig, *, partial: bool) -> tuple[LoraC
         found = config.targets(base)
     except ValueError as error:
         raise UsageError(f"peft_config.{error}") from error
+    for name, module in found.items():
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            raise UsageError(
+                f"peft_config.target_modules: {name} is a {type(module).__name__}, to which LoRA is not "
+                f"put; this model's linear layers are {', '.join(_linear(base))}"
+            )
+    for part in config.enable_lora or ():
+        if not any(matches(name, part) for name in found):
+            raise UsageError(
+                f"peft_config.enable_lora: no module that target_modules names is called {part}; "
+                f"those are {', '.join(_ends(found))}"
+            )
+    modules = base.named_modules(remove_duplicate=False)
+    holders = [name for name, m in modules if next(m.parameters(), None) is not None]
+    for word in config.modules_to_save:
+        if not any(matches(name, word) for name in holders):
+            raise UsageError(
+                f"peft_config.modules_to_save: no module with parameters is called {word}; this "
+                f"model's are {', '.join(_ends(holders))}"
+            )
     for name, module in found.items():
         width = min(sizes(module)) if isinstance(module, nn.Linear) else config.r
         if config.r > width:
@@ -127,9 +149,10 @@ def _counted(counts: dict[str, int], names: list[str]) -> str:
 
 
 def _linear(base: nn.Module) -> list[str]:
-    """The last names of the linear layers, each once, in the model's order."""
-    return list(
-        dict.fromkeys(
-            name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear)
-        )
-    )
+    return _ends(name for name, m in base.named_modules() if isinstance(m, nn.Linear))
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    """The last words of dotted names, each once, in the model's order; numbers of layers apart."""
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    return [end for end in ends if end and not end.isdigit()]

@@ -29,7 +29,7 @@ from harness.errors import UsageError, first_line
 from harness.settings import ATTENTION, DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
@@ -59,7 +59,7 @@ def config(name: str) -> Phi3Config:
     scaling = settings["rope_scaling"]
     if scaling is not None and _transformers() < (4, 42):
         scaling["type"] = "su"  # longrope's name before transformers 4.42
-    with _quietly():
+    with quietly():
         return Phi3Config(**settings)
 
 
@@ -157,7 +157,7 @@ def _pretrained(
     if where.type != "cpu":
         options["device_map"] = {"": str(where)}
     try:
-        with _quietly():
+        with quietly():
             model, told = Phi3ForCausalLM.from_pretrained(
                 place,
                 attn_implementation=_attention(attn_implementation),
@@ -170,13 +170,18 @@ def _pretrained(
             f"model {place}: cannot be loaded ({first_line(error)}); check the files, or name one of "
             f"{', '.join(NAMES)}"
         ) from error
+    check_whole(place, told)
+    return model.eval()
+
+
+def check_whole(place: str, told: Mapping[str, Any]) -> None:
+    """Raise UsageError where `from_pretrained` tells of weights that it had to make up."""
     wrong = sorted(told["missing_keys"]) or sorted(str(key) for key in told["mismatched_keys"])
     if wrong:
         raise UsageError(
             f"model {place}: its weights do not fit a Phi3ForCausalLM of its config.json, first "
             f"at {wrong[0]}; use the files of one checkpoint"
         )
-    return model.eval()
 
 
 def source(name: str, *, weights: bool = True) -> str:
@@ -328,28 +333,16 @@ def _mask_in_double() -> None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' progress bars and load reports, which are told as errors instead."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    try:
-        with without_bars():
-            yield
-    finally:
-        logging.set_verbosity(level)
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Without transformers' progress bars."""
-    from transformers.utils import logging
-
-    bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()

@@ -111,10 +111,26 @@ def expected_counts(base: nn.Module, config: LoraConfig) -> dict[str, int]:
     return counts
 
 
+def whole_counts(base: nn.Module, config: LoraConfig) -> dict[str, int]:
+    """The size of every parameter of `modules_to_save`, by its name in the bare base."""
+    return {
+        name: p.numel()
+        for name, p in base.named_parameters(remove_duplicate=False)
+        if any(_within(name, word) for word in config.modules_to_save)
+    }
+
+
 def only_lora_trains(
-    model: nn.Module, adapter: Adapter, config: LoraConfig, expected: Mapping[str, int]
+    model: nn.Module,
+    adapter: Adapter,
+    config: LoraConfig,
+    expected: Mapping[str, int],
+    whole: Mapping[str, int],
 ) -> Proof:
-    """Property 1, by count and by storage: what trains is the factors, whatever their names."""
+    """Property 1, by count and by storage: what trains is the factors, whatever their names.
+
+    And each module of `modules_to_save`, whole: `whole` is `whole_counts` of the bare base.
+    """
     factors = adapter.factors(model)
     counts = {name: sum(map(_numbers, found)) for name, found in factors.items()}
     wrong = sorted(
@@ -140,17 +156,33 @@ def only_lora_trains(
         for one in found
         if abs(float(one.scaling) - config.scaling) > tolerance.setting(config.scaling)
     ]
+    elsewhere = sorted(
+        name
+        for name in factors.keys() & expected.keys()
+        if not _in_place(name, factors[name], config)
+    )
+    beside = {
+        name: p.numel()
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if p.requires_grad and p.untyped_storage().data_ptr() not in storages
+    }
+    places = checkpoint.base_keys(dict.fromkeys(whole, ""), dict.fromkeys(beside, ""))
+    frozen = [name for name, size in whole.items() if beside.get(places.get(name, "")) != size]
     total = sum(p.numel() for n, p in trainable(model).items() if n not in strangers)
     wanted = sum(expected.values())
     why = f"wrong count in {wrong[:3]}" if wrong else f"also trains {strangers[:3]}"
     if misscaled:
         why = f"another scaling than alpha and r give in {len(misscaled)}: {misscaled[0]}"
+    if elsewhere:
+        why = f"adapts other rows than enable_lora names in {elsewhere[:3]}"
+    if frozen:
+        why = f"does not train {len(frozen)} of modules_to_save: {frozen[:3]}"
     # With whole modules or biases trained, the count of factors is judged module by module alone.
     exact = bool(also) or total == wanted
     return judged(
         "only-lora-trains",
         "only LoRA trains, r·(in+out) each",
-        not wrong and not strangers and not misscaled and exact,
+        not (wrong or strangers or misscaled or elsewhere or frozen) and exact,
         f"{sum(counts.values()):,} in {len(counts)} modules",
         f"{wanted:,} in {len(expected)}",
         why,
@@ -330,6 +362,19 @@ def _within(name: str, module: str) -> bool:
     """Whether a parameter lies in the module of that name, dotted or not."""
     words = name.split(".")
     return any(matches(".".join(words[:k]), module) for k in range(1, len(words) + 1))
+
+
+def _in_place(name: str, found: Sequence[Factors], config: LoraConfig) -> bool:
+    """Whether a fused projection's factors are those of the wanted parts: their count cannot tell."""
+    parts = config.parts(name)
+    if parts is None:
+        return True
+    rows = torch.arange(sum(size for size, _ in config.layout(name) or ()))
+    held = [
+        rows[one.rows.cpu() if isinstance(one.rows, torch.Tensor) else one.rows or slice(None)]
+        for one in found
+    ]
+    return sorted(r.tolist() for r in held) == sorted(rows[part].tolist() for part in parts)
 
 
 def _numbers(one: Factors) -> int:

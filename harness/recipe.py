@@ -26,6 +26,7 @@ from harness.errors import UsageError
 from harness.settings import (
     ATTENTION,
     BOOLEAN,
+    CHECKPOINTING,
     DEFAULTS,
     DTYPES,
     KEYS,
@@ -82,15 +83,18 @@ class Recipe:
 def _parts(table: Mapping[str, Any]) -> dict[str, tuple[tuple[int, bool], ...]]:
     """`enable_lora` as the config has it. Raises UsageError on what is not pairs."""
     try:
-        return {
-            name: tuple((int(rows), bool(wanted)) for rows, wanted in parts)
-            for name, parts in table.items()
+        found = {
+            name: tuple((rows, wanted) for rows, wanted in parts) for name, parts in table.items()
         }
     except (TypeError, ValueError):
+        found = {"": ((None, None),)}
+    pairs = [pair for parts in found.values() for pair in parts]
+    if not all(_is(WHOLE, rows) and rows > 0 and _is(BOOLEAN, on) for rows, on in pairs):
         raise UsageError(
             "peft_config.enable_lora: must give each module its parts as pairs of rows and whether to "
             "adapt them, say {qkv_proj = [[64, true], [64, false], [64, true]]}"
-        ) from None
+        )
+    return found
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -112,6 +116,13 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         section, key, value = _override(override, notes)
         merged[section][key] = value
     _check(merged)
+    model = merged["model"]["name"]
+    if name_or_path == NAMES[0] and model not in {"tiny", "tiny-gqa"}:
+        training = merged["training_config"]
+        notes.append(
+            f"recipe {NAMES[0]}: is made for tiny, and its learning rate is {training['learning_rate']:g}, "
+            f"its window {training['max_length']} tokens here; --recipe model-card is Phi-3's"
+        )
     name = name_or_path if name_or_path in NAMES else Path(name_or_path).stem
     recipe = _made(name, merged, tuple(dict.fromkeys(notes)))
     recipe.lora_config()
@@ -244,9 +255,25 @@ def _check(merged: dict[Section, dict[str, Any]]) -> None:
         "per_device_eval_batch_size",
         "gradient_accumulation_steps",
         "max_length",
+        "eval_accumulation_steps",
+        "pad_to_multiple_of",
     ):
         if training.get(key, 1) < 1:
             raise UsageError(f"training_config.{key}: must be at least 1, not {training[key]}")
+    if training.get("dataloader_num_workers", 0) < 0:
+        raise UsageError(
+            "training_config.dataloader_num_workers: must be at least 0, not "
+            f"{training['dataloader_num_workers']}"
+        )
+    for key in training.get("gradient_checkpointing_kwargs", ()):
+        _one_of("training_config.gradient_checkpointing_kwargs", key, CHECKPOINTING)
+    if training.get("completion_only_loss"):
+        raise UsageError(
+            "training_config.completion_only_loss: is for pairs of prompt and completion, and the data "
+            "here are messages; training_config.assistant_only_loss leaves the questions out"
+        )
+    metric = training.get("metric_for_best_model", "loss")
+    _one_of("training_config.metric_for_best_model", metric, ("loss", "eval_loss"))
     _check_numbers(merged)
     for key in ("max_new_tokens", "match_examples"):
         if merged["data"][key] < 1:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import library_log, process
-from harness.console import wrapped
 from harness.errors import UsageError, first_line
 from harness.run_folder import RunFolder, clear
 
@@ -56,18 +55,36 @@ def main(path: str) -> int:
     except KeyboardInterrupt:
         print(f"lora-harness finetune: interrupted; {_kept(folder, run)}", file=sys.stderr)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever the implementation on trial raises
-        # It is told, and kept: an implementation that breaks down does not conform.
-        with (folder.path / "library.log").open("a", encoding="utf-8") as log:
-            traceback.print_exception(error, file=log)
-        print(
-            f"lora-harness finetune: {request['adapter']} failed: {type(error).__name__}: "
-            f"{first_line(error)}; the traceback is in {folder.path / 'library.log'}",
-            file=sys.stderr,
-        )
-        return 1
+        said = _not_its_fault(error, run)
+        if not said:
+            # It is told, and kept: an implementation that breaks down does not conform.
+            with (folder.path / "library.log").open("a", encoding="utf-8") as log:
+                traceback.print_exception(error, file=log)
+            print(
+                f"lora-harness finetune: {request['adapter']} failed: {type(error).__name__}: "
+                f"{first_line(error)}; the traceback is in {folder.path / 'library.log'}",
+                file=sys.stderr,
+            )
+            return 1
+        print(f"lora-harness finetune: {said}", file=sys.stderr)
     if not _worth(folder, run) and not request["resume"]:
         clear(folder)
     return 2
+
+
+def _not_its_fault(error: BaseException, run: list[Run]) -> str:
+    """What went wrong without the implementation: before it was asked, or for want of memory."""
+    told = f"{type(error).__name__}: {first_line(error)}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, wherever the release keeps it
+        return (
+            f"the GPU's memory is used up ({first_line(error)}); --set "
+            "training_config.per_device_train_batch_size lower, or ask lora-harness plan what fits"
+        )
+    if isinstance(error, Exception) and not (run and run[0].injecting):
+        return (
+            f"model, data or recipe: {told}; mend it, or try the quick recipe on the shipped data"
+        )
+    return ""
 
 
 def _worth(folder: RunFolder, run: list[Run]) -> bool:
@@ -94,7 +111,7 @@ def _kept(folder: RunFolder, run: list[Run]) -> str:
 
 def _run(request: dict[str, Any], folder: RunFolder, held: list[Run]) -> int:
     from harness import environment
-    from harness.training import Run
+    from harness.training import Run, tell
 
     run = Run(request)
     held.append(run)
@@ -108,9 +125,7 @@ def _run(request: dict[str, Any], folder: RunFolder, held: list[Run]) -> int:
         f"parameters beside {parameters:,}",
         flush=True,
     )
-    for note in run.notes:
-        told = wrapped(f"note: {note}", initial_indent="  ", subsequent_indent="    ")
-        print(told, flush=True)
+    tell(run.notes)
     with _recorder(request)(
         folder.report,
         kind="finetune",

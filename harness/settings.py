@@ -23,6 +23,14 @@ WHOLE, NUMBER, BOOLEAN, WORD, NAMES_LIST, TABLE = (
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
+CHECKPOINTING = (
+    "use_reentrant",
+    "preserve_rng_state",
+    "determinism_check",
+    "debug",
+    "early_stop",
+)
+"""What `torch.utils.checkpoint` takes and a recipe can hold."""
 
 KEYS: dict[Section, dict[str, tuple[str, ...]]] = {
     "model": {

@@ -46,6 +46,11 @@ def settings(recipe: Recipe, output: Path, *, device: str) -> tuple[SFTConfig, l
     wanted = given.pop("output_dir", None)
     if wanted is not None:
         notes.append(f"training_config.output_dir {wanted!r} is recorded; the run lies in {output}")
+    if "warmup_ratio" in given and "warmup_steps" in given:
+        notes.append(
+            f"training_config.warmup_ratio {given.pop('warmup_ratio')} gives way to "
+            f"warmup_steps={given['warmup_steps']}"
+        )
     if "warmup_ratio" in given and "warmup_ratio" not in known:
         # transformers 5 dropped warmup_ratio: a warmup_steps below 1 is the same fraction.
         given["warmup_steps"] = given.pop("warmup_ratio")
@@ -87,6 +92,18 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]  # trl is published with
     def __init__(self, *, adapter: Adapter, injected: nn.Module, **given: Any) -> None:
         self.adapter, self.injected = adapter, injected
         super().__init__(**given)
+
+    def check_settings(self) -> None:
+        """Make an optimizer and a schedule for nobody: what the settings get wrong is raised here.
+
+        Met in `train`, it would look like the implementation's doing.
+        """
+        made, given = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if given.keys() & {"params", "model", "optimizer_dict"}:
+            return  # one of those that are made for a model
+        optimizer = made([torch.nn.Parameter(torch.zeros(1))], **given)
+        self.create_scheduler(num_training_steps=max(self.args.max_steps, 1), optimizer=optimizer)
+        self.lr_scheduler = None  # `train` makes its own
 
     def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
         """Write the adapter alone; `state_dict`, the whole model's, is not asked for."""

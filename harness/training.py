@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from harness import recipe as recipes
 from harness import run_folder
+from harness.console import wrapped
 from harness.errors import UsageError, first_line
 from harness.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor, nn
 
@@ -77,15 +78,17 @@ class Run:
         self.config, self.notes = injection.fitted(
             self.base, self.recipe.lora_config(), partial=bool(request["partial"])
         )
-        self.notes += [*self.recipe.notes, *said]
+        self.notes += [*request.get("notes", ()), *said]
         if self.quantized and self.device == "cpu":
             self.notes.append(base.KEPT_UNPACKED)
         if settings["gradient_checkpointing"]:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
         self.marks = checkpoint.digests(self.base.state_dict())
         self.expected = proof.expected_counts(self.base, self.config)
+        self.whole = proof.whole_counts(self.base, self.config)
         self.shells = folded.shells(self.base, self.config)
         self.model: nn.Module = self.base
+        self.injecting = False
         self.steps = 0
         self.logged: Callable[[], None] = lambda: None
         self.history: list[dict[str, Any]] = []
@@ -97,6 +100,7 @@ class Run:
         from harness import injection
 
         torch.manual_seed(self.seed)
+        self.injecting = True
         self.model = self.adapter.inject(self.base, self.config)
         injection.hold(self.model, self.adapter)
         if self.request["start"]:
@@ -115,7 +119,9 @@ class Run:
         self.steps = trainer.state.global_step
         injection.evaluating(self.model, self.adapter)
         return [
-            proof.only_lora_trains(self.model, self.adapter, self.config, self.expected),
+            proof.only_lora_trains(
+                self.model, self.adapter, self.config, self.expected, self.whole
+            ),
             proof.optimizer_holds(self.model, trainer.optimizer),
             proof.checkpoint_is_whole(self.model, self.marks, self.folder.path),
             losses.loss_went_down(losses.curve(self.history, "loss"), self._reach()),
@@ -129,6 +135,11 @@ class Run:
 
         kinds = ("loss", "eval_loss", "learning_rate")
         return {"steps": self.steps} | {kind: curve(self.history, kind) for kind in kinds}
+
+    def _note(self, *notes: str) -> None:
+        """Note what is known only now, when the others have been told."""
+        self.notes += notes
+        tell(notes)
 
     def _heard(self, state: Any) -> None:
         """Keep up with the trainer: called whenever it logs."""
@@ -178,9 +189,7 @@ class Run:
             return None
         last = self.folder.last_checkpoint()
         if last is None:
-            note = "--resume: the run has no checkpoint yet: it starts over"
-            self.notes.append(note)
-            print(f"  note: {note}", flush=True)
+            self._note("--resume: the run has no checkpoint yet: it starts over")
             return None
         checkpoint.check_whole(last)
         self.folder.rewind(_step(last))
@@ -204,7 +213,7 @@ class Run:
         from harness.trainer import AdapterTrainer, Log, settings
 
         config, notes = settings(self.recipe, self.folder.checkpoints, device=self.device)
-        self.notes += notes
+        self._note(*notes)
         known = isinstance(self.model, PreTrainedModel | peft.PeftModel)
         kwargs = config.gradient_checkpointing_kwargs or {}
         if config.gradient_checkpointing and kwargs.get("use_reentrant", False):
@@ -229,6 +238,7 @@ class Run:
                 processing_class=self.tokenizer,
                 callbacks=[log],
             )
+            trainer.check_settings()
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             raise UsageError(f"training_config: {first_line(error)}") from error
         trainer.remove_callback(ProgressCallback)
@@ -357,6 +367,13 @@ class Run:
         torch.cuda.empty_cache()
 
 
+def tell(notes: Iterable[str]) -> None:
+    """Print notes on a run."""
+    for note in notes:
+        told = wrapped(f"note: {note}", initial_indent="  ", subsequent_indent="    ")
+        print(told, flush=True)
+
+
 def reply(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     """The greedy reply to one prompt."""
     from harness import chat
@@ -389,6 +406,11 @@ def _claims(adapter: Adapter, recipe: Recipe) -> None:
                 f"adapter {adapter.name}: does not claim {feature}, which the recipe asks for; "
                 "choose another --adapter, or --set the recipe without it"
             )
+    if asked.get("enable_lora") and "fused_linear" not in able.layers:
+        raise UsageError(
+            f"adapter {adapter.name}: does not claim fused_linear, which peft_config.enable_lora asks "
+            "for; choose another --adapter, or leave enable_lora out"
+        )
     if asked["bias"] not in able.bias:
         raise UsageError(f"adapter {adapter.name}: does not claim bias={asked['bias']!r}")
     if recipe.model["dtype"] not in able.dtypes:

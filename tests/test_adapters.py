@@ -430,6 +430,15 @@ def test_a_failed_injection_leaves_the_model_bare(reference):
     assert reference.inject(model, CONFIG) is model
 
 
+def test_peft_says_that_it_adapts_a_projection_whole():
+    """A part that the config leaves out would be adapted with the others."""
+    parts = {"fc": ((3, True), (6, False))}
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=("fc",), enable_lora=parts)
+
+    with pytest.raises(ValueError, match="PEFT has no enable_lora"):
+        resolve("peft").inject(Toy(), config)
+
+
 def test_loralib_says_what_it_cannot_cut():
     """Parts of unequal size, as in grouped-query attention, are told with their sizes."""
     parts = {"fc": ((5, True), (2, False), (2, True))}

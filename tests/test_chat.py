@@ -251,6 +251,16 @@ def _role(role):
             _rows({"messages": GOOD["messages"][:1]}),
             "no turn of the assistant's in line 1",
         ),
+        (
+            "a.jsonl",
+            _rows(GOOD, {"messages": [{"role": "user", "content": "\ud83d"}]}),
+            "a turn of line 2 holds half a character (a lone surrogate, such as \\ud83d); write",
+        ),
+        (
+            "a.jsonl",
+            _bytes(b"[" * 100_000),
+            "nested too deeply in what begins on line 1; mend that line",
+        ),
         ("a.parquet", _bytes(b"nope"), "not Parquet"),
         ("a.csv", _bytes(b"a,b"), ".csv is not read; give one of .jsonl, .json, .parquet"),
     ],

@@ -301,6 +301,27 @@ def test_a_4_bit_base_is_loaded_without_a_progress_bar(capfd):
     assert "Loading" not in capfd.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+def test_a_4_bit_base_without_a_weight_is_told(tmp_path):
+    """It would be drawn at random, and trained on."""
+    pytest.importorskip("bitsandbytes")
+    from safetensors.torch import load_file, save_file
+
+    from harness import base, phi3
+    from harness.errors import UsageError
+
+    model = tmp_path / "model"
+    shutil.copytree(phi3.directory(), model)
+    weights = load_file(model / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    name = json.dumps(str(model))
+    asked = recipe.load("qlora-notebook", [f"model.name={name}", "model.device=cpu"])
+
+    with pytest.raises(UsageError, match=r"do not fit a Phi3ForCausalLM of .* first at lm_head"):
+        base.load(asked.model)
+
+
 @pytest.mark.slow
 def test_the_model_cards_recipe_runs_on_a_cpu(report):
     """Mixed precision and packing: the proofs are of the plain model; too low a rate is said, not failed."""

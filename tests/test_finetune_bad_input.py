@@ -202,9 +202,21 @@ TABLE = {
         lambda: ["--set", "training_config.report_to=foo"],
         "training_config: foo is not supported",
     ),
+    "an optimizer that cannot be": (
+        lambda: ["--set", "training_config.adam_beta1=2"],
+        "training_config: Invalid beta parameter at index 0: 2",
+    ),
+    "a schedule that wants more": (
+        lambda: ["--set", "training_config.lr_scheduler_type=cosine_with_min_lr"],
+        "training_config: One of min_lr or min_lr_rate should be set",
+    ),
     "parts that are no pairs": (
         lambda: ["--set", "peft_config.enable_lora={qkv_proj=5}"],
         "peft_config.enable_lora: must give each module its parts as pairs of rows",
+    ),
+    "parts that are not adapted apart": (
+        lambda: ["--set", "peft_config.enable_lora={qkv_proj=[[64,true],[64,false],[64,true]]}"],
+        "adapter peft: does not claim fused_linear, which peft_config.enable_lora asks for; ",
     ),
     "a device without numbers": (
         lambda: ["--device", "meta"],
@@ -299,13 +311,18 @@ def test_a_folder_that_cannot_be_written_is_told(said, monkeypatch, tmp_path):
 def test_partial_targets_go_on_when_told_to(said, tmp_path):
     """With --allow-partial-targets the run adapts what matched, and its report notes the rest."""
     code, errors = said(
-        "--allow-partial-targets", "--set", 'peft_config.target_modules=["q_proj", "o_proj"]'
+        "--allow-partial-targets",
+        *("--set", 'peft_config.target_modules=["q_proj", "o_proj"]'),
+        *("--set", "training_config.max_seq_length=64"),
     )
 
     report = json.loads((tmp_path / "out" / "peft-tiny.json").read_text("utf-8"))
     assert (code, errors) != (2, "")
     assert report["notes"][0] == (
         "peft_config.target_modules: matched are o_proj (12 modules); no module is called q_proj"
+    )
+    assert report["notes"][1] == (
+        "training_config.max_seq_length is read as training_config.max_length, its name today"
     )
     assert report["results"][0]["measured"].endswith("in 12 modules")
 

@@ -11,6 +11,7 @@ import textwrap
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -139,15 +140,102 @@ def test_another_scaling_than_the_config_gives_is_seen():
     adapter = registry.resolve("peft")
     model, _, _ = injected(adapter)
     expected = dict.fromkeys(adapter.factors(model), 4 * 128)
-    assert proof.only_lora_trains(model, adapter, CONFIG, expected).outcome == "passed"
+    assert proof.only_lora_trains(model, adapter, CONFIG, expected, {}).outcome == "passed"
     for layer in model.modules():
         if isinstance(getattr(layer, "scaling", None), dict):
             layer.scaling["default"] = 32.0
 
-    found = proof.only_lora_trains(model, adapter, CONFIG, expected)
+    found = proof.only_lora_trains(model, adapter, CONFIG, expected, {})
 
     assert found.outcome == "failed"
     assert found.reason.startswith("another scaling than alpha and r give in 12: ")
+
+
+def test_other_parts_than_those_asked_for_are_seen():
+    """Parts q and k in the place of q and v: as many numbers, in other rows."""
+    from harness import proof
+
+    asked, made = (
+        LoraConfig(
+            r=4, lora_alpha=8, target_modules=("qkv_proj",), enable_lora={"qkv_proj": layout}
+        )
+        for layout in (
+            ((64, True), (64, False), (64, True)),
+            ((64, True), (64, True), (64, False)),
+        )
+    )
+    adapter = registry.resolve("reference")
+    model, _, _ = injected(adapter, config=made)
+    expected = dict.fromkeys(adapter.factors(model), 4 * 128 * 2)
+    assert proof.only_lora_trains(model, adapter, made, expected, {}).outcome == "passed"
+
+    found = proof.only_lora_trains(model, adapter, asked, expected, {})
+
+    assert found.outcome == "failed"
+    assert found.reason.startswith("adapts other rows than enable_lora names in [")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"enable_lora": {"qkvproj": ((192, True),)}},
+            "peft_config.enable_lora: no module that target_modules names is called qkvproj; those are o_proj",
+        ),
+        (
+            {"target_modules": ("self_attn",)},
+            "peft_config.target_modules: model.layers.0.self_attn is a Phi3Attention, to which LoRA is not put; this model's linear layers are o_proj, qkv_proj, gate_up_proj, down_proj, lm_head",
+        ),
+        (
+            {
+                "target_modules": "all-linear",
+                "enable_lora": {"qkv_proj": ((64, True), (64, False))},
+            },
+            "peft_config.enable_lora: the parts of model.layers.0.self_attn.qkv_proj are 128 rows together, the layer has 192",
+        ),
+        (
+            {"modules_to_save": ("lm_hed",)},
+            "peft_config.modules_to_save: no module with parameters is called lm_hed; this model's are model, embed_tokens, layers, self_attn, o_proj, qkv_proj, mlp, gate_up_proj, down_proj, input_layernorm, post_attention_layernorm, norm, lm_head",
+        ),
+    ],
+)
+def test_a_name_that_matches_nothing_is_told(given, said):
+    """A slip in a name would leave undone what the recipe asks for, without a word."""
+    import dataclasses
+
+    from harness import injection, phi3
+
+    with pytest.raises(UsageError) as error:
+        injection.fitted(phi3.load("tiny"), dataclasses.replace(CONFIG, **given), partial=False)
+
+    assert str(error.value) == said
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_steps_of_warmup_beat_a_ratio(tmp_path):
+    """As in transformers, where both are given; and it is said."""
+    from harness.trainer import settings
+
+    asked = recipe.load("quick", ["training_config.warmup_steps=30"])
+    assert asked.training_config["warmup_ratio"] == 0.1
+
+    found, notes = settings(asked, tmp_path, device="cpu")
+
+    assert found.get_warmup_steps(1000) == 30
+    assert notes == ["training_config.warmup_ratio 0.1 gives way to warmup_steps=30"]
+
+
+def test_a_note_of_the_trainers_is_told(capsys):
+    """It comes too late to be told with the others."""
+    from harness.training import Run
+
+    one = Run.__new__(Run)
+    one.notes = ["before"]
+
+    one._note("training_config.output_dir 'x' is recorded")
+
+    assert one.notes == ["before", "training_config.output_dir 'x' is recorded"]
+    assert capsys.readouterr().out == "  note: training_config.output_dir 'x' is recorded\n"
 
 
 def test_a_module_to_save_may_be_named_with_a_dot():
@@ -161,7 +249,31 @@ def test_a_module_to_save_may_be_named_with_a_dot():
     model, _, _ = injected(adapter, config=config)
     expected = dict.fromkeys(adapter.factors(model), 4 * 128)
 
-    assert proof.only_lora_trains(model, adapter, config, expected).outcome == "passed"
+    whole = {"model.norm.weight": 64}
+    assert proof.only_lora_trains(model, adapter, config, expected, whole).outcome == "passed"
+
+
+@pytest.mark.parametrize("name", ["peft", "reference"])
+def test_a_module_to_save_that_does_not_train_is_seen(name):
+    """Its count is nowhere in r·(in + out)."""
+    from harness import phi3, proof
+    from harness.injection import trainable
+
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=("o_proj",), modules_to_save=("model.norm", "lm_head")
+    )
+    adapter = registry.resolve(name)
+    base = phi3.load("tiny")
+    expected, whole = proof.expected_counts(base, config), proof.whole_counts(base, config)
+    model, _, _ = injected(adapter, config=config)
+    assert proof.only_lora_trains(model, adapter, config, expected, whole).outcome == "passed"
+    for key, parameter in trainable(model).items():
+        parameter.requires_grad_("lm_head" not in key)
+
+    found = proof.only_lora_trains(model, adapter, config, expected, whole)
+
+    assert found.outcome == "failed"
+    assert found.reason == "does not train 1 of modules_to_save: ['lm_head.weight']"
 
 
 @pytest.mark.parametrize(("last", "outcome"), [(3.2, "passed"), (3.45, "not_run"), (3.7, "failed")])
@@ -256,6 +368,40 @@ def test_what_was_trained_outlives_what_ends_the_run(  # noqa: PLR0917  # half o
     assert run.main(str(path)) == code
     assert capsys.readouterr().err.startswith(said)
     assert (folder.path / "adapter.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("injecting", "kind", "code", "said"),
+    [
+        (True, RuntimeError, 1, "peft failed: RuntimeError: no; the traceback is in "),
+        (False, RuntimeError, 2, "model, data or recipe: RuntimeError: no; mend it, or "),
+        (
+            True,
+            type("OutOfMemoryError", (RuntimeError,), {}),
+            2,
+            "the GPU's memory is used up (no); --set ",
+        ),
+    ],
+    ids=["after injection", "before injection", "no memory"],
+)
+def test_only_what_the_implementation_does_is_its_failure(  # noqa: PLR0917  # half of them pytest's
+    injecting, kind, code, said, monkeypatch, capsys, tmp_path
+):
+    """Before LoRA is put in, it is the input's; and a full card is nobody's sin."""
+    from harness import library_log
+
+    monkeypatch.setattr(library_log, "divert", lambda _: None)
+    folder = RunFolder(path=tmp_path / "peft-tiny")
+    path = request(folder)
+
+    def breaks(_request, _folder, held):
+        held.append(SimpleNamespace(injecting=injecting, steps=0))
+        raise kind("no")
+
+    monkeypatch.setattr(run, "_run", breaks)
+
+    assert run.main(str(path)) == code
+    assert capsys.readouterr().err.startswith(f"lora-harness finetune: {said}")
 
 
 def test_sigterm_is_handed_to_the_child_which_ends_in_order(tmp_path):

@@ -139,6 +139,37 @@ def test_the_samples_have_their_own_values(name, section, values):
             "training_config.learning_rate: must be above 0, not -1",
         ),
         (
+            "training_config.pad_to_multiple_of=0",
+            "training_config.pad_to_multiple_of: must be at least 1, not 0",
+        ),
+        (
+            "training_config.eval_accumulation_steps=0",
+            "training_config.eval_accumulation_steps: must be at least 1, not 0",
+        ),
+        (
+            "training_config.dataloader_num_workers=-1",
+            "training_config.dataloader_num_workers: must be at least 0, not -1",
+        ),
+        (
+            "training_config.gradient_checkpointing_kwargs={reentrant=true}",
+            (
+                "training_config.gradient_checkpointing_kwargs: unknown 'reentrant'; did you mean "
+                "use_reentrant?; known are use_reentrant, preserve_rng_state, determinism_check, debug, "
+                "early_stop"
+            ),
+        ),
+        (
+            "training_config.completion_only_loss=true",
+            (
+                "training_config.completion_only_loss: is for pairs of prompt and completion, and the "
+                "data here are messages; training_config.assistant_only_loss leaves the questions out"
+            ),
+        ),
+        (
+            "training_config.metric_for_best_model=accuracy",
+            "training_config.metric_for_best_model: unknown 'accuracy'; known are loss, eval_loss",
+        ),
+        (
             "seed=1",
             "--set seed=1: must be section.key=value, say training_config.learning_rate=1e-4",
         ),
@@ -150,6 +181,15 @@ def test_a_mistake_is_one_line_that_says_how_to_mend_it(override, said):
         recipe.load("quick", [override])
 
     assert str(error.value) == said
+
+
+@pytest.mark.parametrize(
+    "part", ['[64, "no"]', "[64, 1]", "[64.5, true]", "[true, true]", "[0, true]"]
+)
+def test_a_part_is_a_number_of_rows_and_a_yes_or_no(part):
+    """`"no"` is a string, which Python would read as a yes."""
+    with pytest.raises(UsageError, match="must give each module its parts as pairs of rows"):
+        recipe.load("quick", [f"peft_config.enable_lora={{qkv_proj=[{part}]}}"])
 
 
 def test_an_unknown_recipe_names_the_nearest():
@@ -177,6 +217,15 @@ def test_a_file_of_the_users_own_is_read_with_defaults(tmp_path):
         "tiny",
         ("o_proj",),
     )
+
+
+@pytest.mark.parametrize(("model", "notes"), [("tiny", 0), ("tiny-gqa", 0), ("mini-4k", 1)])
+def test_quick_on_another_model_than_tiny_is_noted(model, notes):
+    """Its learning rate and window are tiny's."""
+    loaded = recipe.load("quick", [f"model.name={model}"])
+
+    assert len(loaded.notes) == notes
+    assert all(n.endswith("; --recipe model-card is Phi-3's") for n in loaded.notes)
 
 
 def test_an_older_name_is_read_as_todays_and_said():

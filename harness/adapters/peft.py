@@ -115,6 +115,8 @@ class Peft:
 
 def settings(model: nn.Module, config: LoraConfig, *, inference: bool = False) -> Any:
     """PEFT's own LoraConfig; a setting that the release has not raises its TypeError."""
+    if config.enable_lora:
+        raise ValueError("PEFT has no enable_lora: it adapts a fused projection whole")
     given: dict[str, Any] = {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
