@@ -356,6 +356,32 @@ def test_a_run_to_be_replaced_comes_back_where_the_new_one_comes_to_nothing(monk
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("code", [1, -9])
+def test_a_run_that_breaks_down_before_its_first_step_replaces_nothing(
+    code, monkeypatch, capsys, tmp_path
+):
+    """Its adapter, report and log come back, the log with what a message sends the reader to."""
+    folder, before = old_run(tmp_path)
+    with Recorder(folder.report, kind="finetune", verdict="CONFORMS"):
+        pass
+    log = folder.path / "library.log"
+    log.write_text("old\n", encoding="utf-8")
+    before |= {folder.report: folder.report.read_bytes(), log: b"old\nnew\n"}
+
+    def breaks(*_):
+        log.write_text("new\n", encoding="utf-8")
+        Recorder(folder.report, kind="finetune")
+        return code
+
+    monkeypatch.setattr(finetune, "_process", breaks)
+
+    given = ["--adapter", "peft", "--overwrite", "--output", str(tmp_path)]
+    assert main(["finetune", *given]) == (1 if code == 1 else 2)
+
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert "CONFORMS" not in capsys.readouterr().out  # the old table is not told for the new run
+
+
 def test_a_replaced_run_goes_and_what_is_the_users_stays(tmp_path):
     """From the first step on the old run is gone; what no run wrote never moves."""
     folder, _ = old_run(tmp_path)
