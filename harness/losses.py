@@ -56,6 +56,10 @@ def loss_went_down(losses: Sequence[tuple[int, float]], within: float = math.inf
             "training_config.logging_steps"
         )
         return unjudged("loss-went-down", claim, reason, "not_run")
+    if broken := [(step, loss) for step, loss in losses if not math.isfinite(loss)]:
+        step, loss = broken[0]
+        why = f"it is {loss} at step {step}; lower training_config.learning_rate"
+        return judged("loss-went-down", claim, False, f"{len(broken)} not finite", "0", why)
     first, last = ([loss for _, loss in part] for part in (losses[:n], losses[-n:]))
     margin = 2 * math.sqrt(variance(first) / n + variance(last) / n)
     if within < margin:

@@ -12,6 +12,7 @@ Source: the guide "Fine-tune Phi-3 with LoRA", steps 3, 4, 5 and 8; arXiv 2106.0
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -271,7 +272,11 @@ def merged_agrees(
     measured = f"{apart.measured:.1e} and {before.measured:.1e} off"
     allowed = f"{float(budget):.1e} of {effect:.1e}"
     why = merge_sin(folded, unmerged, merged)
-    if why or apart.used > 1 or before.used > 1:
+    if not why and not math.isfinite(float(budget) + effect):
+        reason = "the true logits are not finite, and nothing can be compared with them; lower "
+        reason += "training_config.learning_rate, or use a model.dtype of a wider range"
+        return unjudged("merged-same-logits", claim, reason, "not_run")
+    if why or not (apart.used <= 1 and before.used <= 1):
         return judged("merged-same-logits", claim, False, measured, allowed, why)
     by_weight = 0 if folded.hidden else len(folded.right)
     if effect < STANDS_OUT * float(budget) and by_weight < folded.modules:

@@ -132,6 +132,47 @@ def test_an_effect_within_ten_budgets_proves_no_merge():
     assert read.outcome == "passed"
 
 
+@pytest.mark.parametrize("spoilt", ["noise", "truth", "base"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_budget_that_is_not_finite_proves_no_merge(spoilt, value):
+    """Logits that are off by 100 are not let pass by noise that is NaN."""
+    import torch
+
+    from harness.folded import Folded
+    from harness.proof import merged_agrees
+
+    truth = torch.linspace(1, 2, 8, dtype=torch.float64)
+    given = {"truth": truth, "noise": torch.full_like(truth, 1e-3), "base": truth - 9}
+    given[spoilt] = torch.where(truth > 1.5, value, given[spoilt])
+    off = truth + 100 if spoilt == "noise" else given["truth"]
+
+    found = merged_agrees(
+        folded=Folded(modules=1, right=["fc"]),
+        unmerged=off,
+        merged=off,
+        dtype=torch.bfloat16,
+        **given,
+    )
+
+    assert found.outcome == "not_run"
+    assert found.reason.startswith("the true logits are not finite, ")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, of what it renamed
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_seen_and_told(value, tmp_path):
+    """Transformers would log it as 0, the lowest loss there is."""
+    from harness.losses import loss_went_down
+    from harness.trainer import settings
+
+    config, _ = settings(recipe.load("quick"), tmp_path, device="cpu")
+    found = loss_went_down([(step, 3 - step / 40) for step in range(40)] + [(40, value)])
+
+    assert config.logging_nan_inf_filter is False
+    assert (found.outcome, found.measured) == ("failed", "1 not finite")
+    assert found.reason.startswith(f"it is {value} at step 40; ")
+
+
 def test_another_scaling_than_the_config_gives_is_seen():
     """alpha·r in the place of alpha/r: the truth, which takes the factors' own, cannot show it."""
     from harness import proof
