@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from harness.adapter import Adapter, LoraConfig
+    from harness.chat import Exchange
     from harness.proof import Proof
     from harness.recipe import Recipe
 
@@ -261,13 +262,13 @@ class Run:
 
     def merged(self, ids: Tensor, mask: Tensor, unmerged: Tensor) -> list[Proof]:
         """Property 4: the truth first, since merging is not asked to be undone."""
-        from harness import folded, injection, proof
+        from harness import folded, injection, proof, replies, tolerance
         from harness.reload import probe
         from harness.truth import truth
 
         claims = {
             "merged-same-logits": "merged and unmerged: the logits",
-            "merged-same-replies": "merged and unmerged: the replies",
+            replies.CLAIM[0]: replies.CLAIM[1],
         }
         reason = ""
         if "merge" not in self.adapter.capabilities.features:
@@ -288,7 +289,9 @@ class Run:
             config=self.base.config,
             dtype=dtype,
         )
-        before = self.replies(COMPARED_REPLIES)
+        budget = float(tolerance.model(found.noise[mask.bool()], found.trained[mask.bool()], dtype))
+        before = self.exchanges(COMPARED_REPLIES)
+        near = [replies.likeliest(self.model, one, budget) for one in before]
         kept = folded.before(self.model, self.adapter, self.marks, self.shells)
         dtypes = folded.coarsest(self.adapter, self.model)
         injection.release(self.model)
@@ -303,9 +306,15 @@ class Run:
             )
         if proof.merge_sin(weights, unmerged[real], logits[real]):
             reason = "blocked: what was compared is not a merged model"
-            replies = proof.unjudged(*tuple(claims.items())[1], reason, "not_run")
+            answers = proof.unjudged(*replies.CLAIM, reason, "not_run")
         else:
-            replies = proof.same_replies(before, self.replies(COMPARED_REPLIES))
+            answers = replies.same_replies(
+                before,
+                self.exchanges(COMPARED_REPLIES),
+                budget,
+                near,
+                lambda one: replies.likeliest(self.model, one, budget),
+            )
         return [
             proof.merged_agrees(
                 folded=weights,
@@ -316,15 +325,15 @@ class Run:
                 base=found.base[real],
                 dtype=dtype,
             ),
-            replies,
+            answers,
         ]
 
-    def replies(self, count: int) -> list[str]:
+    def exchanges(self, count: int) -> list[Exchange]:
         """Greedy replies to the first conversations of the evaluation split."""
         from harness import chat
 
         asked, _ = chat.prompts(self.eval.select(range(min(count, len(self.eval)))))
-        return chat.replies(
+        return chat.exchanges(
             self.model, self.tokenizer, asked, int(self.recipe.data["max_new_tokens"])
         )
 
@@ -335,7 +344,7 @@ class Run:
         data = self.recipe.data
         rows = self.eval.select(range(min(int(data["match_examples"]), len(self.eval))))
         asked, expected = chat.prompts(rows)
-        said = self.replies(len(rows))
+        said = chat.replies(self.model, self.tokenizer, asked, int(data["max_new_tokens"]))
         prompt = data.get("prompt") or asked[0][-1]["content"]
         first = reply(self.model, self.tokenizer, prompt, int(data["max_new_tokens"]))
         return {

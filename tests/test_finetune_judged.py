@@ -158,6 +158,46 @@ def test_a_budget_that_is_not_finite_proves_no_merge(spoilt, value):
     assert found.reason.startswith("the true logits are not finite, ")
 
 
+@pytest.mark.parametrize(
+    ("unmerged", "merged", "outcome", "measured"),
+    [
+        (True, True, "passed", "1 of 2 the same, 1 but for a tie"),
+        (False, True, "failed", "1 of 2 the same"),
+        (True, False, "failed", "1 of 2 the same"),
+    ],
+)
+def test_replies_may_part_at_a_tie(unmerged, merged, outcome, measured):
+    """Where either model might as well have said the other's token, rounding alone chose."""
+    import torch
+
+    from harness.chat import Exchange
+    from harness.replies import same_replies
+
+    before = [Exchange([1], [4, 5, 7]), Exchange([2], [4, 7])]
+    after = [before[0], Exchange([2], [4, 6, 7])]
+    near = torch.zeros(2, 8, dtype=torch.bool)
+    near[1, 6] = unmerged
+    near_too = torch.zeros(2, 8, dtype=torch.bool)
+    near_too[1, 7] = merged
+
+    found = same_replies(before, after, 0.1, [near, near], lambda _: near_too)
+
+    assert (found.outcome, found.measured) == (outcome, measured)
+
+
+def test_the_likeliest_tokens_are_those_that_are_said():
+    """With no budget each place of a greedy reply has its own token, and no other."""
+    from harness import chat, phi3
+    from harness.replies import likeliest
+
+    model, own = phi3.load("tiny"), chat.tokenizer()
+    asked, _ = chat.prompts(chat.dataset("shipped", "eval").select(range(3)))
+
+    for one in chat.exchanges(model, own, asked, 8):
+        assert likeliest(model, one, 0.0).nonzero().tolist() == [*map(list, enumerate(one.said))]
+        assert likeliest(model, one, float("inf")).all()
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, of what it renamed
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_seen_and_told(value, tmp_path):
