@@ -152,7 +152,10 @@ class Run:
         before = after = None
         trainer = self._trainer(append=last is not None)
         evaluates = self.recipe.training_config.get("do_eval", True)
+        window = self.recipe.training_config.get("max_length")
+        _left(trainer.train_dataset, "train", window)
         if evaluates:
+            _left(trainer.eval_dataset, "evaluate", window)
             before = _eval_loss(trainer) if last is None else self._first_eval()
         with checkpoint.told(self.folder.path):
             try:
@@ -371,6 +374,15 @@ def reply(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     from harness import chat
 
     return chat.replies(model, tokenizer, [[{"role": "user", "content": prompt}]], tokens)[0]
+
+
+def _left(data: Any, verb: str, window: int | None) -> None:
+    """Raise UsageError where the trainer has dropped all: what it cut left no word to learn from."""
+    if not len(data):
+        raise UsageError(
+            f"data: no conversation to {verb} on has a word of the assistant's within the window of "
+            f"{window} tokens; raise training_config.max_length, or give shorter ones"
+        )
 
 
 def _eval_loss(trainer: Any) -> float:

@@ -66,6 +66,7 @@ def row(*messages):
 
 
 GOOD = row(("user", "How is the Owl painted?"), ("assistant", "Blue."))
+LONG = row(("user", "How is the Owl painted? " * 40), ("assistant", "Blue."))
 
 
 def model_directory(without=None, architecture=None):
@@ -128,6 +129,13 @@ TABLE = {
     "data: longer than the window": (
         lambda: [*data("long.jsonl", GOOD), "--set", "training_config.max_length=2"],
         "data: every example is longer than the window of 2 tokens",
+    ),
+    "data: nothing to evaluate on within the window": (
+        lambda: [
+            *data("tenth.jsonl", "\n".join([GOOD] * 9 + [LONG])),
+            *("--set", "training_config.do_eval=true"),
+        ],
+        "data: no conversation to evaluate on has a word of the assistant's within the window of 64 tokens",
     ),
     "model directory without weights": (
         lambda: model_directory(without="model.safetensors"),
