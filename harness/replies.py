@@ -65,7 +65,7 @@ def same_replies(
             same += len(a.said) == len(b.said)
         elif near[place, b.said[place]] and merged(a)[place, a.said[place]]:
             tied += 1
-    told = f", {tied} but for a tie" if tied else ""
+    told = f", {tied} tied" if tied else ""
     return judged(
         *CLAIM,
         same + tied == len(before) > 0,

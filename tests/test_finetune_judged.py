@@ -161,7 +161,7 @@ def test_a_budget_that_is_not_finite_proves_no_merge(spoilt, value):
 @pytest.mark.parametrize(
     ("unmerged", "merged", "outcome", "measured"),
     [
-        (True, True, "passed", "1 of 2 the same, 1 but for a tie"),
+        (True, True, "passed", "1 of 2 the same, 1 tied"),
         (False, True, "failed", "1 of 2 the same"),
         (True, False, "failed", "1 of 2 the same"),
     ],
@@ -245,15 +245,29 @@ def test_a_module_to_save_may_be_named_with_a_dot():
     assert proof.only_lora_trains(model, adapter, config, expected).outcome == "passed"
 
 
-@pytest.mark.parametrize(("last", "outcome"), [(3.2, "passed"), (3.45, "not_run"), (3.7, "failed")])
-def test_a_fall_within_the_noise_blames_nobody(last, outcome):
-    """Plainly down, down by less than the noise, and up."""
+@pytest.mark.parametrize(
+    ("last", "outcome"), [(3.2, "passed"), (3.6, "not_run"), (3.7, "not_run"), (4.1, "failed")]
+)
+def test_a_change_within_the_noise_blames_nobody(last, outcome):
+    """Plainly down, down and up by less than the noise, and plainly up."""
     from harness.losses import loss_went_down
 
-    noisy = [3.6, 3.7] * 10
-    losses = [*noisy, *([last - 0.2, last + 0.2] if last > 3.3 else [last, last])]
+    losses = [3.6, 3.7] * 10 + [last - 0.01, last + 0.01]
 
     assert loss_went_down(list(enumerate(losses))).outcome == outcome
+
+
+def test_a_falling_loss_is_hardly_ever_failed_for_its_noise():
+    """It falls by as much as it varies; of 500 draws in 20 losses 1 in 100 may look like a rise."""
+    import random
+
+    from harness.losses import loss_went_down
+
+    draw = random.Random(0)
+    runs = [[(k, 3 - k / 20 + draw.gauss(0, 1)) for k in range(20)] for _ in range(500)]
+    failed = sum(loss_went_down(run).outcome == "failed" for run in runs)
+
+    assert failed <= 5
 
 
 def test_a_wrapper_that_can_only_be_called_is_asked_token_by_token():
