@@ -270,11 +270,13 @@ def _known(adapter: str) -> None:
 
 
 def _same(folder: RunFolder, recipe: Recipe, adapter: str) -> None:
-    """Raise UsageError where the run to go on with had another implementation, model or shape."""
+    """Raise UsageError where the run to go on with had another implementation, model, shape or loss."""
     asked = folder.asked()
     then, now = asked["recipe"], recipe.as_dict()
     differing = [("adapter", asked.get("adapter", adapter), adapter)]
     keys = [("model", key) for key in ("name", "seed", "dtype", "load_in_4bit")]
+    keys += [("data", "name")]
+    keys += [("training_config", key) for key in ("max_length", "assistant_only_loss", "packing")]
     keys += [("peft_config", key) for key in sorted(then["peft_config"] | now["peft_config"])]
     differing += [
         (f"{section}.{key}", then[section].get(key), now[section].get(key)) for section, key in keys

@@ -89,16 +89,32 @@ def loss_went_down(losses: Sequence[tuple[int, float]], within: float = math.inf
     )
 
 
-def eval_loss_went_down(before: float | None, after: float | None, unsuited: str = "") -> Proof:
+def eval_loss_went_down(
+    before: float | None, after: float | None, unsuited: str = "", *, learned: bool = False
+) -> Proof:
     """The same on conversations that were not trained on; the same ones both times.
 
-    `unsuited` says why the conversations at hand cannot tell.
+    Args:
+        before: the loss before training.
+        after: the loss at its end.
+        unsuited: why the conversations at hand cannot tell.
+        learned: whether the training loss was not seen to go up: what was not trained on may well be
+            told worse then. A loss that has not moved at all shows an adapter that evaluation leaves out.
     """
     claim = "the evaluation loss went down"
     if unsuited:
         return unjudged("eval-loss-went-down", claim, unsuited, "not_run")
     if before is None or after is None:
         return unjudged("eval-loss-went-down", claim, "do_eval is false", "not_claimed")
+    if not math.isfinite(before):
+        reason = f"it was {before} before training: the base and these conversations cannot tell"
+        return unjudged("eval-loss-went-down", claim, reason, "not_run")
+    if learned and after > before:
+        reason = (
+            f"it went up, from {before:.3f} to {after:.3f}, and the training loss did not: what was "
+            "learned does not carry over (overfitting); train on more conversations"
+        )
+        return unjudged("eval-loss-went-down", claim, reason, "not_run")
     return judged(
         "eval-loss-went-down",
         claim,

@@ -115,12 +115,18 @@ class Run:
         self.history = list(trainer.state.log_history)
         self.steps = trainer.state.global_step
         injection.evaluating(self.model, self.adapter)
+        went_down = losses.loss_went_down(losses.curve(self.history, "loss"), self._reach())
         return [
             proof.only_lora_trains(self.model, self.adapter, self.config, self.expected),
             proof.optimizer_holds(self.model, trainer.optimizer),
             proof.checkpoint_is_whole(self.model, self.marks, self.folder.path),
-            losses.loss_went_down(losses.curve(self.history, "loss"), self._reach()),
-            losses.eval_loss_went_down(before, after, SAME if self.alike else ""),
+            went_down,
+            losses.eval_loss_went_down(
+                before,
+                after,
+                SAME if self.alike else "",
+                learned=went_down.outcome != "failed",
+            ),
             proof.base_unchanged(self.marks, self.model),
         ]
 

@@ -270,6 +270,24 @@ def test_a_falling_loss_is_hardly_ever_failed_for_its_noise():
     assert failed <= 5
 
 
+@pytest.mark.parametrize(
+    ("after", "learned", "outcome"),
+    [
+        (2.9, True, "passed"),
+        (3.1, True, "not_run"),
+        (3.1, False, "failed"),
+        (3.0, True, "failed"),
+        (float("nan"), True, "failed"),
+    ],
+)
+def test_overfitting_blames_nobody(after, learned, outcome):
+    """Up while the training loss is not is not judged; up with it, and not moved at all, fail."""
+    from harness.losses import eval_loss_went_down
+
+    assert eval_loss_went_down(3.0, after, learned=learned).outcome == outcome
+    assert eval_loss_went_down(float("nan"), after, learned=learned).outcome == "not_run"
+
+
 def test_a_wrapper_that_can_only_be_called_is_asked_token_by_token():
     """Without `generate`, the greedy replies are the same, of prompts of unlike length."""
     from torch import nn
