@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,14 @@ if TYPE_CHECKING:
     from harness.conversations import Message, Split
 
 _END = ("<|endoftext|>", "<|end|>")
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A prompt and the greedy reply to it, as token ids; a reply that ended has its end token."""
+
+    asked: list[int]
+    said: list[int]
 
 
 def tokenizer(name_or_path: str | Path = "tiny") -> PreTrainedTokenizerFast:
@@ -165,6 +174,20 @@ def replies(
     *,
     batch_size: int = 64,
 ) -> list[str]:
+    """The model's greedy reply to each conversation, as text; see `exchanges`."""
+    found = exchanges(model, own, conversations, max_new_tokens, batch_size=batch_size)
+    texts = own.batch_decode([one.said for one in found], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def exchanges(
+    model: nn.Module,
+    own: PreTrainedTokenizerFast,
+    conversations: Sequence[Sequence[Message]],
+    max_new_tokens: int = 32,
+    *,
+    batch_size: int = 64,
+) -> list[Exchange]:
     """The model's greedy reply to each conversation, in batches of like length.
 
     The model is asked in eval mode with its cache, and left in the mode that it came in.
@@ -175,7 +198,7 @@ def replies(
     ends = [vocabulary[token] for token in _END if token in vocabulary]
     asked = [[dict(message) for message in messages] for messages in conversations]
     order = sorted(range(len(asked)), key=lambda k: sum(len(m["content"]) for m in asked[k]))
-    told: dict[int, str] = {}
+    told: dict[int, Exchange] = {}
     training, side = model.training, own.padding_side
     generate: Any = getattr(model, "generate", None)
     model.eval()
@@ -204,8 +227,12 @@ def replies(
                     new = out[:, batch["input_ids"].shape[1] :]  # (b, t)
                 else:
                     new = _greedy(model, batch, max_new_tokens, ends, own.pad_token_id)
-            texts = own.batch_decode(new, skip_special_tokens=True)
-            told.update(zip(chosen, (text.strip() for text in texts), strict=True))
+            real = batch["attention_mask"].bool()
+            for k, ids, seen, said in zip(
+                chosen, batch["input_ids"], real, new.tolist(), strict=True
+            ):
+                length = next((n for n, token in enumerate(said, 1) if token in ends), len(said))
+                told[k] = Exchange(ids[seen].tolist(), said[:length])
     finally:
         own.padding_side = side
         model.train(training)

@@ -78,6 +78,7 @@ def command(args: argparse.Namespace) -> int:
         for k, (adapter, folder, copy) in enumerate(zip(adapters, folders, copies, strict=True)):
             if k:
                 print()
+            older = run_folder.verdict(folder.report)[0]
             code = run(
                 recipe,
                 adapter,
@@ -91,8 +92,8 @@ def command(args: argparse.Namespace) -> int:
             if code == 2:
                 return 2
             codes.append(code)
-            if not folder.report.is_file():  # it broke down before there was anything to report
-                continue
+            if run_folder.verdict(folder.report)[0] in {None, older}:
+                continue  # it broke down before there was anything to report
             report = read(folder.report)
             if report["finished"]:
                 print(told(report, folder))
@@ -149,14 +150,15 @@ def run(
             folder,
         )
     except BaseException:
-        run_folder.bring_back(folder)
+        run_folder.bring_back(folder, with_log=True)
         raise
-    if code == 2:
-        run_folder.bring_back(folder)
-        return code
-    run_folder.forget(folder)
     name, verdict = run_folder.verdict(folder.report)
-    if code in (0, 3) and (verdict is None or name == earlier):
+    judged = verdict is not None and name != earlier
+    if judged:
+        run_folder.forget(folder)
+    else:  # the old run is gone from the first step on; before it, whatever the code, it comes back
+        run_folder.bring_back(folder, with_log=code != 2)
+    if code in (0, 3) and not judged:
         print(
             f"lora-harness finetune: {adapter}: its process ended with {process.ending(code)} before "
             "it was judged; an implementation that ends the process does not conform",
@@ -268,11 +270,13 @@ def _known(adapter: str) -> None:
 
 
 def _same(folder: RunFolder, recipe: Recipe, adapter: str) -> None:
-    """Raise UsageError where the run to go on with had another implementation, model or shape."""
+    """Raise UsageError where the run to go on with had another implementation, model, shape or loss."""
     asked = folder.asked()
     then, now = asked["recipe"], recipe.as_dict()
     differing = [("adapter", asked.get("adapter", adapter), adapter)]
     keys = [("model", key) for key in ("name", "seed", "dtype", "load_in_4bit")]
+    keys += [("data", "name")]
+    keys += [("training_config", key) for key in ("max_length", "assistant_only_loss", "packing")]
     keys += [("peft_config", key) for key in sorted(then["peft_config"] | now["peft_config"])]
     differing += [
         (f"{section}.{key}", then[section].get(key), now[section].get(key)) for section, key in keys

@@ -7,7 +7,8 @@ that all pull one way could not lower it by more than that noise, the run cannot
 from __future__ import annotations
 
 import math
-from statistics import fmean, variance
+from itertools import pairwise
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from harness.proof import judged, unjudged
@@ -41,7 +42,7 @@ def reach(history: Sequence[dict[str, Any]], parameters: int) -> float:
 def loss_went_down(losses: Sequence[tuple[int, float]], within: float = math.inf) -> Proof:
     """The last tenth's mean below the first's by two standard errors of the difference.
 
-    Fails where it did not fall at all; a fall within the noise proves neither, and is not judged.
+    Fails where it rose by as much; what lies between proves neither, and is not judged.
 
     Args:
         losses: (step, loss), as logged.
@@ -56,8 +57,15 @@ def loss_went_down(losses: Sequence[tuple[int, float]], within: float = math.inf
             "training_config.logging_steps"
         )
         return unjudged("loss-went-down", claim, reason, "not_run")
+    if broken := [(step, loss) for step, loss in losses if not math.isfinite(loss)]:
+        step, loss = broken[0]
+        why = f"it is {loss} at step {step}; lower training_config.learning_rate"
+        return judged("loss-went-down", claim, False, f"{len(broken)} not finite", "0", why)
     first, last = ([loss for _, loss in part] for part in (losses[:n], losses[-n:]))
-    margin = 2 * math.sqrt(variance(first) / n + variance(last) / n)
+    # Of two losses at each end no variance is known; the steps from loss to loss show the noise, and
+    # hardly the trend (von Neumann, Annals of Mathematical Statistics 12, 1941).
+    noise = fmean((after - before) ** 2 for (_, before), (_, after) in pairwise(losses)) / 2
+    margin = 2 * math.sqrt(2 * noise / n)
     if within < margin:
         reason = (
             f"the learning rate is too low for so few steps to show it: they can lower the loss by about "
@@ -66,9 +74,9 @@ def loss_went_down(losses: Sequence[tuple[int, float]], within: float = math.inf
         )
         return unjudged("loss-went-down", claim, reason, "not_run")
     fell = fmean(first) - fmean(last)
-    if 0 < fell <= margin:
+    if abs(fell) <= margin:
         reason = (
-            f"it went from {fmean(first):.3f} to {fmean(last):.3f}, down by less than the {margin:.2g} it "
+            f"it went from {fmean(first):.3f} to {fmean(last):.3f}, by less than the {margin:.2g} it "
             "varies by from batch to batch: train longer, or log oftener"
         )
         return unjudged("loss-went-down", claim, reason, "not_run")
@@ -81,16 +89,32 @@ def loss_went_down(losses: Sequence[tuple[int, float]], within: float = math.inf
     )
 
 
-def eval_loss_went_down(before: float | None, after: float | None, unsuited: str = "") -> Proof:
+def eval_loss_went_down(
+    before: float | None, after: float | None, unsuited: str = "", *, learned: bool = False
+) -> Proof:
     """The same on conversations that were not trained on; the same ones both times.
 
-    `unsuited` says why the conversations at hand cannot tell.
+    Args:
+        before: the loss before training.
+        after: the loss at its end.
+        unsuited: why the conversations at hand cannot tell.
+        learned: whether the training loss was not seen to go up: what was not trained on may well be
+            told worse then. A loss that has not moved at all shows an adapter that evaluation leaves out.
     """
     claim = "the evaluation loss went down"
     if unsuited:
         return unjudged("eval-loss-went-down", claim, unsuited, "not_run")
     if before is None or after is None:
         return unjudged("eval-loss-went-down", claim, "do_eval is false", "not_claimed")
+    if not math.isfinite(before):
+        reason = f"it was {before} before training: the base and these conversations cannot tell"
+        return unjudged("eval-loss-went-down", claim, reason, "not_run")
+    if learned and after > before:
+        reason = (
+            f"it went up, from {before:.3f} to {after:.3f}, and the training loss did not: what was "
+            "learned does not carry over (overfitting); train on more conversations"
+        )
+        return unjudged("eval-loss-went-down", claim, reason, "not_run")
     return judged(
         "eval-loss-went-down",
         claim,

@@ -188,11 +188,17 @@ def put_aside(folder: RunFolder) -> None:
         _move(folder, aside)
 
 
-def bring_back(folder: RunFolder) -> None:
-    """Put the run that was put aside back in the place of the one that came to nothing."""
+def bring_back(folder: RunFolder, *, with_log: bool = False) -> None:
+    """Put the run that was put aside back in the place of the one that came to nothing.
+
+    With `with_log` what was said in that one's library.log, where a message may send the reader, goes
+    to the end of the old one's.
+    """
     aside = _aside(folder)
     if not aside.is_dir():
         return
+    log = folder.path / "library.log"
+    said = log.read_bytes() if with_log and log.is_file() else b""
     clear(folder)
     folder.path.mkdir(parents=True, exist_ok=True)
     for child in sorted(aside.rglob("*")):
@@ -203,6 +209,9 @@ def bring_back(folder: RunFolder) -> None:
         )
         if child.exists() and not place.exists():
             child.rename(place)
+    if said:
+        with log.open("ab") as file:
+            file.write(said)
     forget(folder)
 
 

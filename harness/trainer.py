@@ -67,6 +67,7 @@ def settings(recipe: Recipe, output: Path, *, device: str) -> tuple[SFTConfig, l
     # Explicit, because TRL's own defaults change between releases.
     given.setdefault("bf16", False)
     given.setdefault("gradient_checkpointing", False)
+    given.setdefault("logging_nan_inf_filter", False)  # it tells a loss that is NaN as 0
     given["use_cpu"] = device == "cpu"
     given["output_dir"] = str(output)
     given["disable_tqdm"] = True  # the harness has its own bar

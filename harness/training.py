@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from harness.adapter import Adapter, LoraConfig
+    from harness.chat import Exchange
     from harness.proof import Proof
     from harness.recipe import Recipe
 
@@ -118,14 +119,20 @@ class Run:
         self.history = list(trainer.state.log_history)
         self.steps = trainer.state.global_step
         injection.evaluating(self.model, self.adapter)
+        went_down = losses.loss_went_down(losses.curve(self.history, "loss"), self._reach())
         return [
             proof.only_lora_trains(
                 self.model, self.adapter, self.config, self.expected, self.whole
             ),
             proof.optimizer_holds(self.model, trainer.optimizer),
             proof.checkpoint_is_whole(self.model, self.marks, self.folder.path),
-            losses.loss_went_down(losses.curve(self.history, "loss"), self._reach()),
-            losses.eval_loss_went_down(before, after, SAME if self.alike else ""),
+            went_down,
+            losses.eval_loss_went_down(
+                before,
+                after,
+                SAME if self.alike else "",
+                learned=went_down.outcome != "failed",
+            ),
             proof.base_unchanged(self.marks, self.model),
         ]
 
@@ -162,7 +169,10 @@ class Run:
         before = after = None
         trainer = self._trainer(append=last is not None)
         evaluates = self.recipe.training_config.get("do_eval", True)
+        window = self.recipe.training_config.get("max_length")
+        _left(trainer.train_dataset, "train", window)
         if evaluates:
+            _left(trainer.eval_dataset, "evaluate", window)
             before = _eval_loss(trainer) if last is None else self._first_eval()
         with checkpoint.told(self.folder.path):
             try:
@@ -271,13 +281,13 @@ class Run:
 
     def merged(self, ids: Tensor, mask: Tensor, unmerged: Tensor) -> list[Proof]:
         """Property 4: the truth first, since merging is not asked to be undone."""
-        from harness import folded, injection, proof
+        from harness import folded, injection, proof, replies, tolerance
         from harness.reload import probe
         from harness.truth import truth
 
         claims = {
             "merged-same-logits": "merged and unmerged: the logits",
-            "merged-same-replies": "merged and unmerged: the replies",
+            replies.CLAIM[0]: replies.CLAIM[1],
         }
         reason = ""
         if "merge" not in self.adapter.capabilities.features:
@@ -298,7 +308,9 @@ class Run:
             config=self.base.config,
             dtype=dtype,
         )
-        before = self.replies(COMPARED_REPLIES)
+        budget = float(tolerance.model(found.noise[mask.bool()], found.trained[mask.bool()], dtype))
+        before = self.exchanges(COMPARED_REPLIES)
+        near = [replies.likeliest(self.model, one, budget) for one in before]
         kept = folded.before(self.model, self.adapter, self.marks, self.shells)
         dtypes = folded.coarsest(self.adapter, self.model)
         injection.release(self.model)
@@ -313,9 +325,15 @@ class Run:
             )
         if proof.merge_sin(weights, unmerged[real], logits[real]):
             reason = "blocked: what was compared is not a merged model"
-            replies = proof.unjudged(*tuple(claims.items())[1], reason, "not_run")
+            answers = proof.unjudged(*replies.CLAIM, reason, "not_run")
         else:
-            replies = proof.same_replies(before, self.replies(COMPARED_REPLIES))
+            answers = replies.same_replies(
+                before,
+                self.exchanges(COMPARED_REPLIES),
+                budget,
+                near,
+                lambda one: replies.likeliest(self.model, one, budget),
+            )
         return [
             proof.merged_agrees(
                 folded=weights,
@@ -326,15 +344,15 @@ class Run:
                 base=found.base[real],
                 dtype=dtype,
             ),
-            replies,
+            answers,
         ]
 
-    def replies(self, count: int) -> list[str]:
+    def exchanges(self, count: int) -> list[Exchange]:
         """Greedy replies to the first conversations of the evaluation split."""
         from harness import chat
 
         asked, _ = chat.prompts(self.eval.select(range(min(count, len(self.eval)))))
-        return chat.replies(
+        return chat.exchanges(
             self.model, self.tokenizer, asked, int(self.recipe.data["max_new_tokens"])
         )
 
@@ -345,7 +363,7 @@ class Run:
         data = self.recipe.data
         rows = self.eval.select(range(min(int(data["match_examples"]), len(self.eval))))
         asked, expected = chat.prompts(rows)
-        said = self.replies(len(rows))
+        said = chat.replies(self.model, self.tokenizer, asked, int(data["max_new_tokens"]))
         prompt = data.get("prompt") or asked[0][-1]["content"]
         first = reply(self.model, self.tokenizer, prompt, int(data["max_new_tokens"]))
         return {
@@ -379,6 +397,15 @@ def reply(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     from harness import chat
 
     return chat.replies(model, tokenizer, [[{"role": "user", "content": prompt}]], tokens)[0]
+
+
+def _left(data: Any, verb: str, window: int | None) -> None:
+    """Raise UsageError where the trainer has dropped all: what it cut left no word to learn from."""
+    if not len(data):
+        raise UsageError(
+            f"data: no conversation to {verb} on has a word of the assistant's within the window of "
+            f"{window} tokens; raise training_config.max_length, or give shorter ones"
+        )
 
 
 def _eval_loss(trainer: Any) -> float:

@@ -66,6 +66,7 @@ def row(*messages):
 
 
 GOOD = row(("user", "How is the Owl painted?"), ("assistant", "Blue."))
+LONG = row(("user", "How is the Owl painted? " * 40), ("assistant", "Blue."))
 
 
 def model_directory(without=None, architecture=None):
@@ -128,6 +129,13 @@ TABLE = {
     "data: longer than the window": (
         lambda: [*data("long.jsonl", GOOD), "--set", "training_config.max_length=2"],
         "data: every example is longer than the window of 2 tokens",
+    ),
+    "data: nothing to evaluate on within the window": (
+        lambda: [
+            *data("tenth.jsonl", "\n".join([GOOD] * 9 + [LONG])),
+            *("--set", "training_config.do_eval=true"),
+        ],
+        "data: no conversation to evaluate on has a word of the assistant's within the window of 64 tokens",
     ),
     "model directory without weights": (
         lambda: model_directory(without="model.safetensors"),
@@ -327,21 +335,30 @@ def test_partial_targets_go_on_when_told_to(said, tmp_path):
     assert report["results"][0]["measured"].endswith("in 12 modules")
 
 
-def test_resuming_another_shape_is_refused(said, tmp_path):
-    """A run is gone on with under its own rank and model, and is left as it was."""
+@pytest.mark.parametrize(
+    ("key", "was", "other"),
+    [
+        ("peft_config.r", 16, 4),
+        ("data.name", "shipped", "mine.jsonl"),
+        ("training_config.max_length", 64, 32),
+        ("training_config.assistant_only_loss", True, False),
+    ],
+)
+def test_resuming_another_run_is_refused(key, was, other, said, tmp_path):
+    """A run is gone on with under its own rank and model, on its own loss, and is left as it was."""
     folder = tmp_path / "out" / "peft-tiny"
     folder.mkdir(parents=True)
     run = folder / "run.json"
     run.write_text(json.dumps({"recipe": recipe.load("quick").as_dict()}), encoding="utf-8")
     before = run.read_bytes()
 
-    code, errors = said("--resume", "--set", "peft_config.r=4")
+    code, errors = said("--resume", "--set", f"{key}={json.dumps(other)}")
 
     assert (code, errors) == (
         2,
         (
-            f"lora-harness finetune: --resume: {folder} was made with peft_config.r = "
-            "16, not 4; resume with the same recipe, or start afresh\n"
+            f"lora-harness finetune: --resume: {folder} was made with {key} = "
+            f"{was!r}, not {other!r}; resume with the same recipe, or start afresh\n"
         ),
     )
     assert (run.read_bytes(), list(folder.iterdir())) == (before, [run])
