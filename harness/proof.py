@@ -25,7 +25,7 @@ from harness.adapter import matches
 from harness.injection import sizes, trainable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
