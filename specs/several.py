@@ -121,7 +121,7 @@ def isolation(trial: Trial) -> None:
                 actual=f"its factors {'need' if trains else 'need no'} gradients",
                 where=name,
             )
-    _do(trial, model, act, actor)
+    _do(trial, model, act, actor, before)
 
     for name, (values, trains) in before.items():
         if name == actor and act in {"train", "delete"}:  # what is loaded is its own checkpoint
@@ -138,8 +138,10 @@ def isolation(trial: Trial) -> None:
             )
 
 
-def _do(trial: Trial, model: nn.Module, act: str, actor: str) -> None:
-    """Do something to one adapter."""
+def _do(
+    trial: Trial, model: nn.Module, act: str, actor: str, before: dict[str, tuple[Snapshot, bool]]
+) -> None:
+    """Do something to one adapter; what another holds instead by then is entered in `before`."""
     from harness.specs import checkpoint
 
     adapter: Any = trial.adapter
@@ -163,6 +165,10 @@ def _do(trial: Trial, model: nn.Module, act: str, actor: str) -> None:
             _train(model, trial.inputs())
         elif act == "load":
             state = checkpoint.kept(trial, model)
+            # Another may have been trained since: a checkpoint that holds it too takes that back.
+            activate(trial, model, "default")
+            before["default"] = (trial.randomize(model, seed=8), before["default"][1])
+            activate(trial, model, actor)
             trial.randomize(model, seed=9)
             adapter.load_state_dict(model, state)
         else:
