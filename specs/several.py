@@ -41,7 +41,7 @@ DESIGN = "DESIGN.md, multi_adapter"
     more_cases=(Case(specimen="tiny"), Case(specimen="tiny-gqa")),
 )
 def switch(trial: Trial) -> None:
-    """Judge outputs: the first alone, the second fresh, the second with factors, the first again."""
+    """Judge outputs: the first alone, the second fresh and with factors, a third added, the first again."""
     base, x = trial.base(), trial.inputs()
     model = trial.inject(base)
     # By the adapted layer's own way of adding up, which a fresh adapter shows too.
@@ -57,7 +57,12 @@ def switch(trial: Trial) -> None:
     factors = trial.randomize(model, seed=1)
     base = trial.base()
     truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
-    trial.close(trial.call(model, x), truth, budget, "output of the second adapter")
+    acting = trial.call(model, x)
+    trial.close(acting, truth, budget, "output of the second adapter")
+    adapter.add(model, "third", trial.config())
+    trial.unmerged(model)
+    what = "outputs of the second, which acts, after adding a third adapter"
+    trial.same_bits(trial.call(model, x), acting, what)
     activate(trial, model, "default")
 
     trial.same_bits(trial.call(model, x), alone, "outputs after the first is activated again")

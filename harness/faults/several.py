@@ -58,6 +58,19 @@ def activates_in_name_only() -> Adapter:
 
 
 @fault(
+    sin="Adding an adapter leaves the first acting, whichever did.",
+    killed_by="several/switch",
+    varies="adding while a second adapter acts",
+)
+def adding_activates_the_first() -> Adapter:
+    def first(self: Any, model: nn.Module, name: str) -> None:  # noqa: ARG001
+        for wrapper in self.wrappers(model):
+            wrapper.active = "default"
+
+    return adding(first)
+
+
+@fault(
     sin="A second adapter does not find the modules that the first has wrapped.",
     killed_by=SETTINGS,
     replays=("85",),

@@ -47,6 +47,19 @@ def deleting_takes_names_that_begin_alike() -> Adapter:
 
 
 @fault(
+    sin="After deleting one adapter the first acts, whichever did.",
+    killed_by="several/delete",
+    varies="deleting one of three while another than the first acts",
+)
+def deleting_activates_the_first() -> Adapter:
+    def delete(self: Any, model: nn.Module, name: str) -> None:
+        Reference.delete(self, model, name)
+        self.activate(model, next(iter(self.state(model).configs)))
+
+    return wrong(delete=delete)
+
+
+@fault(
     sin="Something keeps the modules of a deleted adapter.",
     killed_by="several/deleted-is-freed",
     replays=("140",),
