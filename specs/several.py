@@ -81,7 +81,7 @@ def switch(trial: Trial) -> None:
     ),
     needs=(
         "checkpoint/same-frozen-or-not",
-        "several/switch",
+        "several/other-settings",
         "training/loss-goes-down",
         "checkpoint/round-trip-bits",
         "checkpoint/safe-file",
@@ -93,6 +93,7 @@ def switch(trial: Trial) -> None:
         Case(way="save-frozen"),
         Case(way="load-free"),
         Case(way="load-frozen"),
+        Case(specimen="headless", way="load-free"),
         Case(way="delete-free"),
         Case(way="delete-frozen"),
         Case(way="add-free"),
@@ -111,10 +112,15 @@ def isolation(trial: Trial) -> None:
 
     act, _, actor = trial.case.way.partition("-")
     order = ("frozen", "free") if actor == "free" else ("free", "frozen")
+    # Of three layers the one that something is done to adapts another than the first.
+    other: dict[str, Any] = (
+        {"target_modules": ("embed_out",)} if trial.case.specimen == "headless" else {}
+    )
     model = trial.adapted()
     adapter: Any = trial.adapter
     for seed, name in enumerate(order, start=1):
-        adapter.add(model, name, trial.config(), trainable=name != "frozen")
+        config = trial.config(**other if name == actor else {})
+        adapter.add(model, name, config, trainable=name != "frozen")
         activate(trial, model, name)
         trial.randomize(model, seed=seed)
     before = {name: _look(trial, model, name) for name in ("default", *order)}
