@@ -123,7 +123,7 @@ def isolation(trial: Trial) -> None:
         adapter.add(model, name, config, trainable=name != "frozen")
         activate(trial, model, name)
         trial.randomize(model, seed=seed)
-    before = {name: _look(trial, model, name) for name in ("default", *order)}
+    before = {name: look(trial, model, name) for name in ("default", *order)}
     for name, (_, trains) in before.items():
         if trains is (name == "frozen"):
             fail(
@@ -137,7 +137,7 @@ def isolation(trial: Trial) -> None:
     for name, (values, trains) in before.items():
         if name == actor and act in {"train", "delete"}:  # what is loaded is its own checkpoint
             continue
-        now, trains_now = _look(trial, model, name)
+        now, trains_now = look(trial, model, name)
         for where, (old, new) in descent.pairs(values, now):
             trial.same_bits(new, old, f"{where} of {name} after {act} of {actor}")
         if trains_now is not trains:
@@ -244,7 +244,7 @@ def only_the_active_trains(trial: Trial) -> None:
     cases=(Case(way="activate"), Case(way="delete"), Case(way="combine")),
 )
 def unknown_name_is_loud(trial: Trial) -> None:
-    """Judge that it raises, and that the outputs stay."""
+    """Judge that it raises, that the outputs stay, and that no half of a combination is left."""
     act = trial.case.way
     if act == "combine" and not trial.claims("combine"):
         trial.notes.append("combine is not claimed")
@@ -262,8 +262,19 @@ def unknown_name_is_loud(trial: Trial) -> None:
     except Exception:  # noqa: BLE001  # any exception is loud
         trial.unmerged(model)
         trial.same_bits(trial.call(model, x), before, f"outputs after {act} of an unknown name")
+    else:
+        fail(
+            "silent", expected=f"{act} of an unknown adapter to raise", actual="nothing was raised"
+        )
+    if act != "combine":
         return
-    fail("silent", expected=f"{act} of an unknown adapter to raise", actual="nothing was raised")
+    try:
+        adapter.activate(model, "both")
+    except Exception:  # noqa: BLE001  # any exception is loud
+        return
+    fail(
+        "silent", expected="activating a refused combination to raise", actual="nothing was raised"
+    )
 
 
 def activate(trial: Trial, model: nn.Module, name: str) -> None:
@@ -273,7 +284,7 @@ def activate(trial: Trial, model: nn.Module, name: str) -> None:
     trial.unmerged(model)
 
 
-def _look(trial: Trial, model: nn.Module, name: str) -> tuple[Snapshot, bool]:
+def look(trial: Trial, model: nn.Module, name: str) -> tuple[Snapshot, bool]:
     """An adapter's values, and whether its factors train, while it acts."""
     from harness import storage
 
