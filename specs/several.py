@@ -41,7 +41,7 @@ DESIGN = "DESIGN.md, multi_adapter"
     more_cases=(Case(specimen="tiny"), Case(specimen="tiny-gqa")),
 )
 def switch(trial: Trial) -> None:
-    """Judge outputs: the first alone, the second fresh, the second with factors, the first again."""
+    """Judge outputs: the first alone, the second fresh and with factors, a third added, the first again."""
     base, x = trial.base(), trial.inputs()
     model = trial.inject(base)
     # By the adapted layer's own way of adding up, which a fresh adapter shows too.
@@ -57,7 +57,12 @@ def switch(trial: Trial) -> None:
     factors = trial.randomize(model, seed=1)
     base = trial.base()
     truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
-    trial.close(trial.call(model, x), truth, budget, "output of the second adapter")
+    acting = trial.call(model, x)
+    trial.close(acting, truth, budget, "output of the second adapter")
+    adapter.add(model, "third", trial.config())
+    trial.unmerged(model)
+    what = "outputs of the second, which acts, after adding a third adapter"
+    trial.same_bits(trial.call(model, x), acting, what)
     activate(trial, model, "default")
 
     trial.same_bits(trial.call(model, x), alone, "outputs after the first is activated again")
@@ -76,7 +81,7 @@ def switch(trial: Trial) -> None:
     ),
     needs=(
         "checkpoint/same-frozen-or-not",
-        "several/switch",
+        "several/other-settings",
         "training/loss-goes-down",
         "checkpoint/round-trip-bits",
         "checkpoint/safe-file",
@@ -88,6 +93,7 @@ def switch(trial: Trial) -> None:
         Case(way="save-frozen"),
         Case(way="load-free"),
         Case(way="load-frozen"),
+        Case(specimen="headless", way="load-free"),
         Case(way="delete-free"),
         Case(way="delete-frozen"),
         Case(way="add-free"),
@@ -106,13 +112,18 @@ def isolation(trial: Trial) -> None:
 
     act, _, actor = trial.case.way.partition("-")
     order = ("frozen", "free") if actor == "free" else ("free", "frozen")
+    # Of three layers the one that something is done to adapts another than the first.
+    other: dict[str, Any] = (
+        {"target_modules": ("embed_out",)} if trial.case.specimen == "headless" else {}
+    )
     model = trial.adapted()
     adapter: Any = trial.adapter
     for seed, name in enumerate(order, start=1):
-        adapter.add(model, name, trial.config(), trainable=name != "frozen")
+        config = trial.config(**other if name == actor else {})
+        adapter.add(model, name, config, trainable=name != "frozen")
         activate(trial, model, name)
         trial.randomize(model, seed=seed)
-    before = {name: _look(trial, model, name) for name in ("default", *order)}
+    before = {name: look(trial, model, name) for name in ("default", *order)}
     for name, (_, trains) in before.items():
         if trains is (name == "frozen"):
             fail(
@@ -121,12 +132,12 @@ def isolation(trial: Trial) -> None:
                 actual=f"its factors {'need' if trains else 'need no'} gradients",
                 where=name,
             )
-    _do(trial, model, act, actor)
+    _do(trial, model, act, actor, before)
 
     for name, (values, trains) in before.items():
         if name == actor and act in {"train", "delete"}:  # what is loaded is its own checkpoint
             continue
-        now, trains_now = _look(trial, model, name)
+        now, trains_now = look(trial, model, name)
         for where, (old, new) in descent.pairs(values, now):
             trial.same_bits(new, old, f"{where} of {name} after {act} of {actor}")
         if trains_now is not trains:
@@ -138,8 +149,10 @@ def isolation(trial: Trial) -> None:
             )
 
 
-def _do(trial: Trial, model: nn.Module, act: str, actor: str) -> None:
-    """Do something to one adapter."""
+def _do(
+    trial: Trial, model: nn.Module, act: str, actor: str, before: dict[str, tuple[Snapshot, bool]]
+) -> None:
+    """Do something to one adapter; what another holds instead by then is entered in `before`."""
     from harness.specs import checkpoint
 
     adapter: Any = trial.adapter
@@ -163,6 +176,10 @@ def _do(trial: Trial, model: nn.Module, act: str, actor: str) -> None:
             _train(model, trial.inputs())
         elif act == "load":
             state = checkpoint.kept(trial, model)
+            # Another may have been trained since: a checkpoint that holds it too takes that back.
+            activate(trial, model, "default")
+            before["default"] = (trial.randomize(model, seed=8), before["default"][1])
+            activate(trial, model, actor)
             trial.randomize(model, seed=9)
             adapter.load_state_dict(model, state)
         else:
@@ -227,7 +244,7 @@ def only_the_active_trains(trial: Trial) -> None:
     cases=(Case(way="activate"), Case(way="delete"), Case(way="combine")),
 )
 def unknown_name_is_loud(trial: Trial) -> None:
-    """Judge that it raises, and that the outputs stay."""
+    """Judge that it raises, that the outputs stay, and that no half of a combination is left."""
     act = trial.case.way
     if act == "combine" and not trial.claims("combine"):
         trial.notes.append("combine is not claimed")
@@ -245,8 +262,19 @@ def unknown_name_is_loud(trial: Trial) -> None:
     except Exception:  # noqa: BLE001  # any exception is loud
         trial.unmerged(model)
         trial.same_bits(trial.call(model, x), before, f"outputs after {act} of an unknown name")
+    else:
+        fail(
+            "silent", expected=f"{act} of an unknown adapter to raise", actual="nothing was raised"
+        )
+    if act != "combine":
         return
-    fail("silent", expected=f"{act} of an unknown adapter to raise", actual="nothing was raised")
+    try:
+        adapter.activate(model, "both")
+    except Exception:  # noqa: BLE001  # any exception is loud
+        return
+    fail(
+        "silent", expected="activating a refused combination to raise", actual="nothing was raised"
+    )
 
 
 def activate(trial: Trial, model: nn.Module, name: str) -> None:
@@ -256,7 +284,7 @@ def activate(trial: Trial, model: nn.Module, name: str) -> None:
     trial.unmerged(model)
 
 
-def _look(trial: Trial, model: nn.Module, name: str) -> tuple[Snapshot, bool]:
+def look(trial: Trial, model: nn.Module, name: str) -> tuple[Snapshot, bool]:
     """An adapter's values, and whether its factors train, while it acts."""
     from harness import storage
 

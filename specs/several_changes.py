@@ -115,9 +115,11 @@ def _delete_among_alike(trial: Trial) -> None:
         activate(trial, model, name)
         trial.randomize(model, seed=seed)
         before[name] = trial.call(model, x)
-    activate(trial, model, "default")
-    adapter.delete(model, "task")
+    adapter.delete(model, "task")  # neither the first nor the last, and not the one that acts
     del before["task"]
+    trial.unmerged(model)
+    what = "outputs of my_task, which acts, after deleting task"
+    trial.same_bits(trial.call(model, x), before["my_task"], what)
     for name, outputs in before.items():
         activate(trial, model, name)
         trial.same_bits(trial.call(model, x), outputs, f"outputs of {name} after deleting task")

@@ -114,9 +114,9 @@ def _same(trial: Trial, now: Snapshot, then: Snapshot, when: str) -> None:
     why="A run whose reference policy is the base goes on, after the first comparison, with another "
     "adapter's outputs and gradients.",
     source=("DESIGN.md, disable: on leaving everything as it was, the active adapter too",),
-    needs=("several/switch", "several/disabled-equals-base"),
+    needs=("several/other-settings", "several/disabled-equals-base"),
     features=("disable", "multi_adapter"),
-    cases=(Case(),),
+    cases=(Case(), Case(specimen="headless", way="targets")),
     more_cases=(Case(specimen="stack"), Case(specimen="embedding")),
 )
 def disabled_keeps_the_active(trial: Trial) -> None:
@@ -125,7 +125,11 @@ def disabled_keeps_the_active(trial: Trial) -> None:
     bare = trial.call(base, x)
     model = trial.adapted(base)
     adapter: Any = trial.adapter
-    adapter.add(model, "second", trial.config())
+    # In another layer than the first.
+    other: dict[str, Any] = (
+        {"target_modules": ("embed_out",)} if trial.case.way == "targets" else {}
+    )
+    adapter.add(model, "second", trial.config(**other))
     activate(trial, model, "second")
     values = trial.randomize(model, seed=1)
     before, state = trial.call(model, x), _state(model)

@@ -209,6 +209,7 @@ def added_names_are_loud(trial: Trial) -> None:
         Case(),
         Case(way="rank"),
         Case(way="rslora"),
+        Case(specimen="headless", way="targets"),
         Case(way="first-drops", dropout=0.5),
         Case(way="second-drops", dropout=0.5),
     ),
@@ -234,6 +235,7 @@ def _saves_its_outputs(trial: Trial) -> None:
         "": {"lora_alpha": 3 * trial.case.alpha},
         "rank": {"lora_alpha": 3 * trial.case.alpha, "r": trial.case.r + 2},
         "rslora": {"use_rslora": True},
+        "targets": {"target_modules": ("embed_out",)},
     }
     adapter.add(model, "second", trial.config(**others[trial.case.way]))
     activate(trial, model, "second")

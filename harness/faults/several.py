@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from harness.adapter import load_exactly
+from harness.adapters import settings
 from harness.adapters.equation import dropout_of
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
@@ -15,6 +16,7 @@ from harness.faults.wrong import layer, wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -53,6 +55,19 @@ def activates_in_name_only() -> Adapter:
         self.set_trainability(model)
 
     return wrong(activate=activate)
+
+
+@fault(
+    sin="Adding an adapter leaves the first acting, whichever did.",
+    killed_by="several/switch",
+    varies="adding while a second adapter acts",
+)
+def adding_activates_the_first() -> Adapter:
+    def first(self: Any, model: nn.Module, name: str) -> None:  # noqa: ARG001
+        for wrapper in self.wrappers(model):
+            wrapper.active = "default"
+
+    return adding(first)
 
 
 @fault(
@@ -211,6 +226,27 @@ def saves_and_loads_the_first() -> Adapter:
         first(self, model, lambda: load_exactly(Reference.state_dict(self, model), state))
 
     return wrong(state_dict=state_dict, load_state_dict=load_state_dict)
+
+
+@fault(
+    sin="The checkpoint of one adapter holds the factors of every other, and loading writes them.",
+    killed_by=ISOLATION,
+    varies="another adapter that was trained between saving and loading",
+)
+def checkpoint_holds_every_adapter() -> Adapter:
+    def state_dict(self: Any, model: nn.Module) -> dict[str, Tensor]:
+        others = {
+            f"{path}.{key}": tensor.detach()
+            for path, adapted in self.layers(model).items()
+            for key, tensor in adapted.adapters.named_parameters()
+            if not key.startswith(f"{adapted.active}.")
+        }
+        return Reference.state_dict(self, model) | others
+
+    def save(self: Any, model: nn.Module, directory: Path) -> None:
+        settings.write(directory, self.config(model), Reference.state_dict(self, model))
+
+    return wrong(state_dict=state_dict, save=save)
 
 
 @fault(

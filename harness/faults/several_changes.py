@@ -47,6 +47,19 @@ def deleting_takes_names_that_begin_alike() -> Adapter:
 
 
 @fault(
+    sin="After deleting one adapter the first acts, whichever did.",
+    killed_by="several/delete",
+    varies="deleting one of three while another than the first acts",
+)
+def deleting_activates_the_first() -> Adapter:
+    def delete(self: Any, model: nn.Module, name: str) -> None:
+        Reference.delete(self, model, name)
+        self.activate(model, next(iter(self.state(model).configs)))
+
+    return wrong(delete=delete)
+
+
+@fault(
     sin="Something keeps the modules of a deleted adapter.",
     killed_by="several/deleted-is-freed",
     replays=("140",),
@@ -224,5 +237,50 @@ def combination_of_one_is_its_source() -> Adapter:
             for adapted in self.layers(model).values():
                 for new, old in zip(adapted.of(new_name), adapted.of(names[0]), strict=True):
                     new.lora_A, new.lora_B, new.scaling = old.lora_A, old.lora_B, old.scaling
+
+    return wrong(combine=combine)
+
+
+def combining_sets_trainable(which: slice, *, trainable: bool) -> Adapter:
+    """A reference whose `combine` enters this trainability for those of its sources."""
+
+    def combine(self: Any, model: Any, names: Any, weights: Any, new_name: str) -> None:
+        Reference.combine(self, model, names, weights, new_name)
+        self.state(model).trainable.update(dict.fromkeys(names[which], trainable))
+
+    return wrong(combine=combine)
+
+
+@fault(
+    sin="Combining freezes its sources but the first for good.",
+    killed_by="several/combination-leaves-its-sources",
+    varies="activating a later source after combining",
+)
+def combining_freezes_later_sources() -> Adapter:
+    return combining_sets_trainable(slice(1, None), trainable=False)
+
+
+@fault(
+    sin="Combining frees its sources, frozen ones too.",
+    killed_by="several/combination-leaves-its-sources",
+    varies="a frozen source",
+)
+def combining_frees_frozen_sources() -> Adapter:
+    return combining_sets_trainable(slice(None), trainable=True)
+
+
+@fault(
+    sin="Combining with an unknown name raises, and leaves a combination of those that are known.",
+    killed_by="several/unknown-name-is-loud",
+    varies="activating a combination that was refused",
+)
+def refused_combination_is_left_behind() -> Adapter:
+    def combine(self: Any, model: Any, names: Any, weights: Any, new_name: str) -> None:
+        known = {
+            n: w for n, w in zip(names, weights, strict=True) if n in self.state(model).configs
+        }
+        Reference.combine(self, model, list(known), list(known.values()), new_name)
+        for name in names:
+            self.require_adapter(model, name)
 
     return wrong(combine=combine)

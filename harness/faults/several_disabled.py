@@ -56,6 +56,22 @@ def leaving_disable_activates_the_first() -> Adapter:
 
 
 @fault(
+    sin="`disable` reaches the layers that were adapted first; those of a later adapter act on.",
+    killed_by="several/disabled-keeps-the-active",
+    varies="a second adapter of other targets",
+)
+def disable_leaves_later_layers_on() -> Adapter:
+    @contextmanager
+    def disable(self: Any, model: nn.Module) -> Iterator[None]:
+        with Reference.disable(self, model):
+            for adapted in self.layers(model).values():
+                adapted.enabled = not adapted.of("default")
+            yield
+
+    return wrong(disable=disable)
+
+
+@fault(
     sin="Leaving a `disable` switches the adapter on, whether it was on or not.",
     killed_by="several/disabled-nested",
     varies="a `disable` inside another",

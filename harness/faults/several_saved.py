@@ -6,13 +6,14 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from harness.adapters import settings
+from harness.adapters.reference import Reference
 from harness.faults.record import fault
 from harness.faults.wrong import wrong
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from harness.adapter import Adapter
 
@@ -56,3 +57,29 @@ def saves_with_the_first_dropout() -> Adapter:
 )
 def saves_with_the_first_rslora() -> Adapter:
     return saving_with_the_first("use_rslora")
+
+
+@fault(
+    sin="`save` writes the target_modules of the first adapter for the one that acts.",
+    killed_by=SAVES,
+    varies="saving a second adapter of other targets",
+)
+def saves_with_the_first_targets() -> Adapter:
+    return saving_with_the_first("target_modules")
+
+
+@fault(
+    sin="The checkpoint leaves out the layers that only a later adapter is in.",
+    killed_by="several/isolation",
+    varies="loading a second adapter of other targets",
+)
+def checkpoint_misses_later_layers() -> Adapter:
+    def state_dict(self: Any, model: nn.Module) -> dict[str, Tensor]:
+        late = [f"{path}." for path, of in self.layers(model).items() if not of.of("default")]
+        own = Reference.state_dict(self, model)
+        return {key: tensor for key, tensor in own.items() if not key.startswith(tuple(late))}
+
+    def save(self: Any, model: nn.Module, directory: Path) -> None:
+        settings.write(directory, self.config(model), Reference.state_dict(self, model))
+
+    return wrong(state_dict=state_dict, save=save)

@@ -61,3 +61,69 @@ def scales_by_the_model_injected_last() -> Adapter:
         return out
 
     return wrong(branches=branches(scale=scale, forward=forward))
+
+
+@fault(
+    sin="What was merged into is kept on the adapter, by the layer's name.",
+    killed_by=TWO_MODELS,
+    varies="unmerging two models of other bases",
+)
+def keeps_what_was_merged_by_name() -> Adapter:
+    kept: dict[str, nn.Module] = {}
+
+    def merge(self: Any, model: nn.Module) -> None:
+        Reference.merge(self, model)
+        kept.update({path: adapted.original for path, adapted in self.layers(model).items()})
+
+    def unmerge(self: Any, model: nn.Module) -> None:
+        for path, adapted in self.layers(model).items():
+            if adapted.kept:
+                adapted.base, adapted.kept = kept[path], []
+
+    return wrong(merge=merge, unmerge=unmerge)
+
+
+@fault(
+    sin="Whether it is merged is known of the adapter, not of the model: the second merge does nothing.",
+    killed_by=TWO_MODELS,
+    varies="merging two models",
+)
+def merges_one_model_only() -> Adapter:
+    merged: set[str] = set()
+
+    def inject(self: Any, model: nn.Module, config: Any) -> nn.Module:
+        merged.clear()
+        return Reference.inject(self, model, config)
+
+    def merge(self: Any, model: nn.Module) -> None:
+        if not merged:
+            Reference.merge(self, model)
+        merged.add("merged")
+
+    def unmerge(self: Any, model: nn.Module) -> None:
+        Reference.unmerge(self, model)
+        merged.clear()
+
+    return wrong(inject=inject, merge=merge, unmerge=unmerge)
+
+
+@fault(
+    sin="Which adapter acts is known of the adapter object, not of the model.",
+    killed_by=TWO_MODELS,
+    varies="a second model injected while another adapter acts in the first",
+)
+def one_name_acts_in_every_model() -> Adapter:
+    def inject(self: Any, model: nn.Module, config: Any) -> nn.Module:
+        self.now = "default"
+        return Reference.inject(self, model, config)
+
+    def activate(self: Any, model: nn.Module, name: str) -> None:
+        Reference.activate(self, model, name)
+        self.now = name
+
+    def factors(self: Any, model: nn.Module) -> Any:
+        for wrapper in self.wrappers(model):
+            wrapper.active = self.now
+        return Reference.factors(self, model)
+
+    return wrong(inject=inject, activate=activate, factors=factors)
