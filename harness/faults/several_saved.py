@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from harness.adapters import settings
+from harness.adapters.reference import Reference
 from harness.faults.record import fault
 from harness.faults.wrong import wrong
 
@@ -56,3 +57,18 @@ def saves_with_the_first_dropout() -> Adapter:
 )
 def saves_with_the_first_rslora() -> Adapter:
     return saving_with_the_first("use_rslora")
+
+
+@fault(
+    sin="A combined adapter keeps, beside the rank that it has, the settings of its first source.",
+    killed_by="several/combination",
+    varies="a combined adapter, saved and loaded",
+)
+def combines_under_the_first_settings() -> Adapter:
+    def combine(self: Any, model: nn.Module, names: Any, weights: Any, new: str) -> None:
+        Reference.combine(self, model, names, weights, new)
+        configs = self.state(model).configs
+        kept = {name: getattr(configs[new], name) for name in ("r", "target_modules")}
+        configs[new] = dataclasses.replace(configs[names[0]], **kept)
+
+    return wrong(combine=combine)
