@@ -54,6 +54,12 @@ def covered(tensor: Tensor, by: Elements) -> int:
     return 0 if mask is None or not tensor.numel() else int(_seen(mask, tensor).sum())
 
 
+def trained(model: nn.Module, factors: Mapping[str, Iterable[Factors]]) -> list[nn.Parameter]:
+    """The parameters that train and that factors are, or are views of."""
+    ours = elements(handles(factors))
+    return [p for p in model.parameters() if p.requires_grad and covered(p, ours)]
+
+
 def gradient(model: nn.Module, handle: Tensor) -> Tensor | None:
     """The gradient of a handle, read off the parameters that it is a part of; None where none has one."""
     total = None

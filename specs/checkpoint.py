@@ -118,7 +118,7 @@ def disturb(model: nn.Module, *, seed: int, all_of_it: bool = False) -> None:
         "https://github.com/huggingface/peft/pull/1147",
     ),
     needs=("forward/equals-oracle",),
-    cases=tuple(Case(specimen=s) for s in ("stack", "embedding", "conv2d", "nf4")),
+    cases=tuple(Case(specimen=s) for s in ("stack", "embedding", "conv2d", "normed", "nf4")),
 )
 def only_lora(trial: Trial) -> None:
     """Compare every entry with every tensor of a base in which none is constant."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.case import Case
 from harness.failure import fail
@@ -24,11 +24,24 @@ if TYPE_CHECKING:
         "https://github.com/speechbrain/speechbrain/blob/develop/speechbrain/nnet/adapters.py",
     ),
     needs=("checkpoint/complete",),
-    cases=(Case(), Case(specimen="embedding")),
+    cases=(
+        Case(),
+        Case(specimen="embedding"),
+        Case(way="lora_only"),
+        Case(specimen="normed", way="modules_to_save"),
+    ),
 )
 def same_frozen_or_not(trial: Trial) -> None:
-    """Save before and after every parameter is frozen."""
-    model = trial.adapted()
+    """Save before and after every parameter is frozen, those beside the factors too."""
+    settings: dict[str, dict[str, Any]] = {
+        "lora_only": {"bias": "lora_only"},
+        "modules_to_save": {"modules_to_save": ("head",)},
+    }
+    way = trial.case.way
+    if way and not trial.claims(way):
+        trial.notes.append(f"{way} is not claimed")
+        return
+    model = trial.adapted(config=trial.config(**settings.get(way, {})))
     want = tensors(kept(trial, model))
     model.requires_grad_(False)
     found = tensors(kept(trial, model))

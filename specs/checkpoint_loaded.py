@@ -29,14 +29,21 @@ DESIGN = "DESIGN.md, load: factors, scaling and settings restored"
     ),
     features=("save",),
     needs=("checkpoint/save-restores-settings",),
-    cases=(Case(),),
+    cases=(Case(), Case(specimen="headed", way="fewer")),
 )
 def load_reads_what_is_there(trial: Trial) -> None:
-    """Save, load, save other values over it, load twice, and write to one of the two."""
+    """Save, load, save other values over it, load twice, and write to one of the two.
+
+    Or another adapter's, of fewer layers: what the first one wrote of the others is not to act.
+    """
     adapter: Any = trial.adapter
-    model, folder = trial.adapted(), trial.folder()
+    fewer = trial.case.way == "fewer"
+    more = {"target_modules": ("head_proj", "my_lm_head")} if fewer else {}
+    model, folder = trial.adapted(config=trial.config(**more)), trial.folder()
     adapter.save(model, folder)
     adapter.load(trial.base(), folder)
+    if fewer:
+        model = trial.adapted()
     factors = trial.randomize(model, seed=1)
     try:
         adapter.save(model, folder)

@@ -87,7 +87,7 @@ def dtype_kept(trial: Trial) -> None:
     cases=(
         Case(way="train"),
         Case(way="eval"),
-        Case(way="merged"),
+        *(Case(specimen=s, way="merged") for s in ("linear", "embedding", "conv2d")),
         Case(specimen="embedding", way="eval"),
         Case(specimen="fused", way="eval"),
         Case(way="after-cycle"),

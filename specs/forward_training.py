@@ -68,7 +68,7 @@ def dropout_off_in_eval(trial: Trial) -> None:
 def dropout_on_in_train(trial: Trial) -> None:
     """Judge each input of the branch of a layer whose factors let it through, call by call."""
     if trial.case.specimen == "linear":
-        _each_input(trial)
+        drops_each_input(trial, trial.inject())
         return
     base, x = trial.base(), trial.inputs().abs()
     model = trial.inject()
@@ -290,7 +290,7 @@ def dropout_gradients(trial: Trial) -> None:
         trial.close(slope, step, allowed, f"the gradient of {what} along a direction")
 
 
-def _each_input(trial: Trial) -> None:
+def drops_each_input(trial: Trial, model: nn.Module) -> None:
     """Every input of the branch is 0 or x/(1 - p), in the right proportion, and drawn afresh."""
     import torch
 
@@ -299,7 +299,6 @@ def _each_input(trial: Trial) -> None:
     base, p = trial.base(), trial.case.dropout
     i, o = trial.case.shape
     x = trial.inputs()[:1, 0]  # (1, i): one row, as a mask may be one for a whole batch
-    model = trial.inject()
     (f,) = trial.factors(model)["proj"]
     with torch.no_grad():
         f.A.copy_(torch.eye(i))

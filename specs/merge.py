@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import one_layer
 from harness.case import Case
+from harness.failure import fail
 from harness.spec import spec
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def _or_raises(act: Callable[[], object]) -> None:
 
 @spec(
     "merge/same-output",
-    claim="Merged outputs MUST equal x·(W + scaling·B·A)ᵀ + bias within the rounding of the dtypes.",
+    claim="Merged outputs MUST equal x·(W + scaling·B·A)ᵀ + bias within the rounding of the dtypes, and "
+    "no longer come by way of B and A.",
     why="A merged model is what gets deployed: a wrong merge serves another model than was trained.",
     source=(
         PAPER,
@@ -66,7 +68,14 @@ def _or_raises(act: Callable[[], object]) -> None:
     ),
 )
 def same_output(trial: Trial) -> None:
-    """Merge random factors, in train mode with dropout too, and compare the outputs with the equation."""
+    """Merge random factors, in train mode with dropout too, and compare the outputs with the equation.
+
+    That they are folded tells the gradient, which is none, or zero: a branch that goes on has one.
+    """
+    import torch
+
+    from harness import storage
+
     base, given = trial.base(), trial.inputs()
     rslora = trial.case.way == "rslora" and trial.claims("rslora")
     dropout = trial.case.dropout if trial.claims("dropout") else 0.0
@@ -78,13 +87,25 @@ def same_output(trial: Trial) -> None:
         trial.notes.append("vacuous: rounding is as large as the adapter's effect")
     if trial.case.way == "in-train":
         model.train()
-    trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
+    ours = storage.trained(model, trial.factors(model))
+    with torch.no_grad():  # nor may a weight that is made now lead back to them
+        trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
     if trial.case.way == "in-train" and not getattr(trial.adapter, "eval_merges", False):
         # What is folded has no branch to drop out of; a merge that did nothing still has.
         trial.close(trial.call(model, given), truth, budget, "merged output in train mode")
         model.eval()
 
     trial.close(trial.call(model, given), truth, budget, "merged output")
+    with torch.enable_grad():
+        y = model(given)
+    ours = [p for p in ours if p.requires_grad and y.requires_grad]
+    found = torch.autograd.grad(y.sum(), ours, allow_unused=True) if ours else ()
+    if any(gradient is not None and gradient.any() for gradient in found):
+        fail(
+            "state",
+            expected="merged outputs that are the base's own, with the update in its weights",
+            actual="they have a gradient that leads back to the factors: the branch acts",
+        )
 
 
 @spec(

@@ -278,7 +278,7 @@ def _greedy(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     source=("DESIGN.md: what is done while merged is right or raises", "BUGS 26, 42"),
     features=("merge", "disable"),
     needs=("merge/only-targets-change", "several/disabled-equals-base"),
-    cases=(Case(), Case(specimen="stack")),
+    cases=tuple(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "stack")),
 )
 def disabled_while_merged(trial: Trial) -> None:
     """Merge, disable, and compare the outputs inside and after, and once it is unmerged."""

@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 
 @spec(
     "several/combination",
-    claim="The ΔW of a combined adapter MUST be the weighted sum of the ΔWs it is made of.",
-    why="Adding up A and B apart gives cross terms, and a scale that is lost gives another adapter.",
+    claim="The ΔW of a combined adapter MUST be the weighted sum of the ΔWs it is made of, saved and loaded "
+    "too.",
+    why="Adding up A and B apart gives cross terms, and a scale that is lost, then or in a file, gives "
+    "another adapter.",
     source=(
         "DESIGN.md, combine",
         "BUGS 33, 35, P-18",
         "https://github.com/huggingface/peft/pull/1169",
         "https://github.com/huggingface/peft/issues/2512",
     ),
-    needs=("several/other-settings", "trainable/count"),
+    needs=("several/other-settings", "trainable/count", "checkpoint/save-restores-settings"),
     features=("multi_adapter", "combine"),
     cases=(
         Case(),
@@ -96,6 +98,19 @@ def combination(trial: Trial) -> None:
     truth, allowed = alone.truth(base, made, x), alone.budget(base, made, x)
 
     trial.close(trial.call(model, x), truth, allowed, "output of the combined adapter")
+    if (
+        trial.claims("save")
+        and trial.case.specimen == "linear"
+        and trial.case.way in {"", "rslora"}
+    ):
+        try:
+            adapter.save(model, folder := trial.folder())
+        except Exception as error:  # noqa: BLE001  # any exception is loud
+            trial.notes.append(f"a combined adapter is not saved: {type(error).__name__}")
+            return
+        loaded = adapter.load(trial.base(), folder)
+        trial.unmerged(loaded)
+        trial.close(trial.call(loaded, x), truth, allowed, "output of it, saved and loaded")
 
 
 def _terms(

@@ -149,6 +149,24 @@ def saves_the_table_it_adapts() -> Adapter:
     return WithBase()
 
 
+class WithBuffers(Reference):
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        return dict(model.named_buffers()) | super().state_dict(model)
+
+    def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        self.require_unmerged(model, "load")
+        load_exactly(self.state_dict(model), state)
+
+
+@fault(
+    sin="All that is no frozen parameter is saved: the base's running statistics too.",
+    killed_by="checkpoint/only-lora",
+    varies="a base with buffers",
+)
+def saves_the_buffers_of_the_base() -> Adapter:
+    return WithBuffers()
+
+
 class Drags(Reference):
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         own = super().state_dict(model)

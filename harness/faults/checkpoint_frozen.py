@@ -33,6 +33,21 @@ def saves_what_trains() -> Adapter:
     return WhatTrains()
 
 
+class FactorsAndWhatTrains(WhatTrains):
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        factors = self.factor_tensors(model).items()
+        return super().state_dict(model) | {key: tensor.detach() for key, tensor in factors}
+
+
+@fault(
+    sin="Factors are saved by their names, and what is trained beside them if it trains.",
+    killed_by="checkpoint/same-frozen-or-not",
+    varies="a frozen model with biases or modules that were trained",
+)
+def saves_beside_the_factors_what_trains() -> Adapter:
+    return FactorsAndWhatTrains()
+
+
 class Flattens(Reference):
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         return {key.replace(".", "_"): t for key, t in super().state_dict(model).items()}

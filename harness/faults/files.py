@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -169,6 +169,53 @@ class NoAlpha(Rewrites):
 )
 def reloads_under_the_default_alpha() -> Adapter:
     return NoAlpha()
+
+
+class OneDropout(Rewrites):
+    _changes = {"lora_dropout": 0.1}  # noqa: RUF012  # never written to
+
+
+@fault(
+    sin="A reloaded adapter drops by the default, whatever was saved.",
+    killed_by=SETTINGS,
+    varies="how much is dropped once it is loaded",
+)
+def reloads_under_the_default_dropout() -> Adapter:
+    return OneDropout()
+
+
+class WholeAlpha(Reference):
+    def save(self, model: nn.Module, directory: Path) -> None:
+        config = self.config(model)
+        whole = replace(config, lora_alpha=max(1, int(config.lora_alpha)))
+        settings.write(directory, whole, self.state_dict(model))
+
+
+@fault(
+    sin="Alpha is saved as a whole number.",
+    killed_by=SETTINGS,
+    varies="an alpha with a fraction",
+)
+def saves_alpha_as_a_whole_number() -> Adapter:
+    return WholeAlpha()
+
+
+class Letters(Reference):
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        path = directory / "adapter.json"
+        given = json.loads(path.read_text(encoding="utf-8"))
+        given["target_modules"] = list(given["target_modules"])
+        path.write_text(json.dumps(given), encoding="utf-8")
+        return super().load(base, directory, trainable=trainable)
+
+
+@fault(
+    sin='The targets are read as a list, "all-linear" as one of its letters.',
+    killed_by=SETTINGS,
+    varies="an adapter of all-linear, saved",
+)
+def reads_all_linear_as_letters() -> Adapter:
+    return Letters()
 
 
 class Afresh(Reference):

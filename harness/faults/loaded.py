@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from harness.adapters import settings
 from harness.adapters.reference import Reference
 from harness.faults.record import fault
 
@@ -114,6 +116,31 @@ class ForgetsOnB(Reference):
 )
 def loading_freezes_the_bias_on_b() -> Adapter:
     return ForgetsOnB()
+
+
+class FilePerLayer(Reference):
+    def save(self, model: nn.Module, directory: Path) -> None:
+        super().save(model, directory)
+        for path in self.layers(model):
+            (directory / f"{path}.layer").touch()
+
+    def load(self, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
+        config, state = settings.read(directory)
+        found = sorted(file.stem for file in directory.glob("*.layer"))
+        model = self.inject(base, replace(config, target_modules=tuple(found)))
+        self.load_state_dict(model, self.state_dict(model) | state)
+        self.state(model).trainable["default"] = trainable
+        self.set_trainability(model)
+        return model
+
+
+@fault(
+    sin="Each layer has its file, and those of an adapter that was saved there before are loaded, too.",
+    killed_by="checkpoint/load-reads-what-is-there",
+    varies="saving over an adapter of more layers",
+)
+def loads_the_layers_of_an_older_file() -> Adapter:
+    return FilePerLayer()
 
 
 class Eval(Reference):

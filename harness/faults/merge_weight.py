@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,43 @@ class MergesNothing(Reference):
 )
 def merge_is_dead_code() -> Adapter:
     return MergesNothing()
+
+
+class WithoutDropout(MergesNothing):
+    capabilities = replace(
+        Reference.capabilities, features=Reference.capabilities.features - {"dropout"}
+    )
+
+
+@fault(
+    sin="Merging is dead code, and there is no dropout to tell.",
+    killed_by="merge/same-output",
+    replays=("2",),
+    varies="the gradient of a merged call",
+)
+def merge_is_dead_code_without_dropout() -> Adapter:
+    return WithoutDropout()
+
+
+class ModesMergeNothing(Reference):
+    eval_merges = True
+
+    def merge(self, model: nn.Module) -> None:
+        """In eval mode dropout is off: no output tells."""
+        model.eval()
+
+    def unmerge(self, model: nn.Module) -> None:
+        model.train()
+
+
+@fault(
+    sin="`eval()` is said to merge, and does not: the branch goes on acting.",
+    killed_by="merge/same-output",
+    replays=("2",),
+    varies="the gradient of a merged call",
+)
+def eval_merges_nothing() -> Adapter:
+    return ModesMergeNothing()
 
 
 class EqualParts(Adapted):

@@ -246,6 +246,43 @@ def disabling_keeps_it_merged() -> Adapter:
     return ForgetsOnceDisabled()
 
 
+class KnowsMergedLinear(Reference):
+    def require_unmerged(self, model: nn.Module, verb: str) -> None:
+        others = [m for m in self.layers(model).values() if not isinstance(m.base, nn.Linear)]
+        if verb != "load" or not any(layer.kept for layer in others):
+            super().require_unmerged(model, verb)
+
+
+@fault(
+    sin="Only linear layers are looked at before loading: a merged embedding or convolution is loaded into.",
+    killed_by="checkpoint/two-stage-load",
+    replays=("46",),
+    varies="a load into a merged embedding",
+)
+def loads_into_merged_embeddings() -> Adapter:
+    """The old update goes on acting."""
+    return KnowsMergedLinear()
+
+
+class DisablesMergedLinear(Reference):
+    @contextmanager
+    def disable(self, model: nn.Module) -> Iterator[None]:
+        with super().disable(model):
+            for layer in self.layers(model).values():
+                layer.enabled = bool(layer.kept) and not isinstance(layer.base, nn.Linear)
+            yield
+
+
+@fault(
+    sin="Inside `disable` a merged embedding or convolution keeps its merged weight.",
+    killed_by="merge/disabled-while-merged",
+    varies="disabling a merged embedding",
+)
+def disables_merged_linear_layers_alone() -> Adapter:
+    """Unmerged, all are disabled."""
+    return DisablesMergedLinear()
+
+
 class AdaptsTwice(Reference):
     def make_branches(
         self, path: str, base: nn.Module, adapter: str, config: LoraConfig

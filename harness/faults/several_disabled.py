@@ -38,6 +38,48 @@ def disables_the_first_layer_only() -> Adapter:
 
 
 @fault(
+    sin="`disable` left by Ctrl-C stays disabled: only what is an Exception is caught.",
+    killed_by="several/disabled-equals-base",
+    varies="leaving by a KeyboardInterrupt",
+)
+def an_interrupt_leaves_it_disabled() -> Adapter:
+    @contextmanager
+    def disable(self: Any, model: nn.Module) -> Iterator[None]:
+        before = [(wrapper, wrapper.enabled) for wrapper in self.wrappers(model)]
+        for wrapper, _ in before:
+            wrapper.enabled = False
+        error = None
+        try:
+            yield
+        except Exception as caught:  # noqa: BLE001  # raised again below
+            error = caught
+        for wrapper, enabled in before:
+            wrapper.enabled = enabled
+        if error:
+            raise error
+
+    return wrong(disable=disable)
+
+
+@fault(
+    sin="After an adapter is activated inside `disable`, none acts on leaving.",
+    killed_by="several/disabled-whatever-is-done",
+    varies="the outputs after activating inside `disable`",
+)
+def activating_inside_disable_ends_all() -> Adapter:
+    @contextmanager
+    def disable(self: Any, model: nn.Module) -> Iterator[None]:
+        before = self.state(model).active
+        with Reference.disable(self, model):
+            yield
+        if self.state(model).active != before:
+            for wrapper in self.wrappers(model):
+                wrapper.enabled = False
+
+    return wrong(disable=disable)
+
+
+@fault(
     sin="On leaving `disable` the first adapter acts, whichever did before.",
     killed_by="several/disabled-keeps-the-active",
     varies="disabling while a second adapter acts",

@@ -83,3 +83,18 @@ def checkpoint_misses_later_layers() -> Adapter:
         settings.write(directory, self.config(model), Reference.state_dict(self, model))
 
     return wrong(state_dict=state_dict, save=save)
+
+
+@fault(
+    sin="A combined adapter keeps, beside the rank that it has, the settings of its first source.",
+    killed_by="several/combination",
+    varies="a combined adapter, saved and loaded",
+)
+def combines_under_the_first_settings() -> Adapter:
+    def combine(self: Any, model: nn.Module, names: Any, weights: Any, new: str) -> None:
+        Reference.combine(self, model, names, weights, new)
+        configs = self.state(model).configs
+        kept = {name: getattr(configs[new], name) for name in ("r", "target_modules")}
+        configs[new] = dataclasses.replace(configs[names[0]], **kept)
+
+    return wrong(combine=combine)
