@@ -120,10 +120,13 @@ class Trial:
     def _width(self, config: LoraConfig) -> float:
         """The rank above which an update has no more: the narrowest side of what is adapted."""
         try:
-            adapted: Any = config.targets(specimen.pristine(self.case)).values()
+            adapted: Any = config.targets(specimen.pristine(self.case))
         except Exception:  # noqa: BLE001  # names that match nothing: the implementation is to tell
             return math.inf
-        return min(float(min(module.weight.shape[:2])) for module in adapted)
+        rows = [
+            float(part.stop - part.start) for name in adapted for part in config.parts(name) or ()
+        ]
+        return min(*rows, *(float(min(m.weight.shape[:2])) for m in adapted.values()), math.inf)
 
     def adapted(self, base: nn.Module | None = None, config: LoraConfig | None = None) -> nn.Module:
         """LoRA on a base with factors that matter: neither A nor B is zero."""

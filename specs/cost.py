@@ -325,6 +325,8 @@ def step_memory(trial: Trial) -> None:
         specimen.loss(model, given).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
+    specimen.call(model, given)  # a workspace, made once and used again, is no step's
+
     with counting(model) as count:
         step()
         first = count.ledger.growth

@@ -18,7 +18,10 @@ PAPER = "LoRA, section 4.1, https://arxiv.org/abs/2106.09685"
 ORACLE = "forward/equals-oracle"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 KINDS = ("embedding", "conv2d", "grouped", "fused")
-FORMS = ("vector", "matrix", "four", "long", "empty", "strided", "expanded", "channels-first")
+FORMS = (
+    *("vector", "matrix", "token", "one", "four", "long"),
+    *("empty", "strided", "expanded", "channels-first"),
+)
 
 
 def cases() -> SearchStrategy[Case]:
@@ -75,6 +78,7 @@ def input_unchanged(trial: Trial) -> None:
         Case(dtype="float64"),
         Case(specimen="stack"),
         Case(shape=(50, 40), r=45),
+        Case(shape=(300, 280), r=140),
     ),
     search=cases,
 )
@@ -91,9 +95,10 @@ def equals_oracle(trial: Trial) -> None:
     why="A model reshapes, transposes and splits its batches as it likes; what was written for "
     "(batch, tokens, features) fails elsewhere, or answers for another token.",
     source=("https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html#shape",),
-    needs=(ORACLE,),
+    needs=(ORACLE, "forward/fused-parts"),
     cases=(
         *(Case(way=form) for form in FORMS),
+        *(Case(specimen="fused", way=form) for form in ("matrix", "token", "four")),
         Case(specimen="conv2d", way="channels-last"),
         Case(specimen="embedding", way="int32"),
     ),
@@ -305,6 +310,8 @@ def formed(x: Tensor, way: str) -> Tensor:
         return x[0, 0]  # (i,)
     if way == "matrix":
         return x[0]  # (t, i)
+    if way in {"token", "one"}:  # as in decoding, of a batch and of one
+        return x[: 1 if way == "one" else None, :1]  # (b, 1, i)
     if way == "four":
         return x[None].expand(2, -1, -1, -1).contiguous()  # (2, b, t, i)
     if way == "long":

@@ -109,15 +109,20 @@ def base_in_place(trial: Trial) -> None:
         *(Case(specimen=name, way="unbiased") for name in ("conv2d", "grouped", "fused", "stack")),
         *(Case(specimen=name, dtype=dtype) for dtype in DTYPES for name in ("linear", "bare")),
         *(Case(specimen="bare", r=r) for r in (1, 13)),  # 13 is more than the layer is wide
+        *(Case(specimen=name, way="lora_bias") for name in ("linear", "conv2d")),
     ),
 )
 def no_op(trial: Trial) -> None:
     """Judge the outputs before anything is written to the factors, and the factors' product."""
     x, base, used = trial.inputs(), trial.base(), trial.base()
+    trained = trial.case.way == "lora_bias"
+    if trained and not trial.claims("lora_bias"):
+        trial.notes.append("lora_bias is not claimed")
+        return
     if trial.case.way == "unbiased":
         _unbias(base)
         _unbias(used)
-    model = trial.inject(used)
+    model = trial.inject(used, trial.config(lora_bias=trained))
     factors = trial.snapshot(model)
     for name, parts in factors.items():
         if any((f.B @ f.A).any() for f in parts):
@@ -301,7 +306,11 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Where its numbers lie; nowhere, for a tensor subclass that wraps others."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return -1
 
 
 def _acts(trial: Trial, model: nn.Module, name: str, tensor: Tensor) -> bool:
@@ -310,12 +319,16 @@ def _acts(trial: Trial, model: nn.Module, name: str, tensor: Tensor) -> bool:
 
     x, twin = trial.inputs(), trial.base().eval()
     before, plain = trial.call(model, x), trial.call(twin, x)
+    kept = tensor.detach().clone()
     with torch.no_grad():
         tensor.add_(1)
         dict(_tensors(twin))[name].add_(1)
     model.train()
     trial.unmerged(model)
-    return trial.call(twin, x).equal(plain) or not trial.call(model, x).equal(before)
+    acts = trial.call(twin, x).equal(plain) or not trial.call(model, x).equal(before)
+    with torch.no_grad():
+        tensor.copy_(kept)  # or the sum of all such changes would drown the next
+    return acts
 
 
 def _unbias(base: nn.Module) -> None:
