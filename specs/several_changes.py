@@ -115,11 +115,12 @@ def _delete_among_alike(trial: Trial) -> None:
         activate(trial, model, name)
         trial.randomize(model, seed=seed)
         before[name] = trial.call(model, x)
-    adapter.delete(model, "task")  # neither the first nor the last, and not the one that acts
+    activate(trial, model, "task2")  # neither the first nor the last, and later than what goes
+    adapter.delete(model, "task")
     del before["task"]
     trial.unmerged(model)
-    what = "outputs of my_task, which acts, after deleting task"
-    trial.same_bits(trial.call(model, x), before["my_task"], what)
+    what = "outputs of task2, which acts, after deleting task"
+    trial.same_bits(trial.call(model, x), before["task2"], what)
     for name, outputs in before.items():
         activate(trial, model, name)
         trial.same_bits(trial.call(model, x), outputs, f"outputs of {name} after deleting task")

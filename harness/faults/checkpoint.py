@@ -151,7 +151,9 @@ def saves_the_table_it_adapts() -> Adapter:
 
 class WithBuffers(Reference):
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        return dict(model.named_buffers()) | super().state_dict(model)
+        own = super().state_dict(model)
+        held = {tensor.data_ptr() for tensor in own.values()}
+        return own | {k: b for k, b in model.named_buffers() if b.data_ptr() not in held}
 
     def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         self.require_unmerged(model, "load")

@@ -60,6 +60,21 @@ def deleting_activates_the_first() -> Adapter:
 
 
 @fault(
+    sin="Which adapter acts is known by its number: deleting an earlier one makes it the next.",
+    killed_by="several/delete",
+    varies="deleting one that was added before the one that acts",
+)
+def deleting_shifts_what_acts() -> Adapter:
+    def delete(self: Any, model: nn.Module, name: str) -> None:
+        number = list(self.state(model).configs).index(self.state(model).active)
+        Reference.delete(self, model, name)
+        left = list(self.state(model).configs)
+        self.activate(model, left[min(number, len(left) - 1)])
+
+    return wrong(delete=delete)
+
+
+@fault(
     sin="Something keeps the modules of a deleted adapter.",
     killed_by="several/deleted-is-freed",
     replays=("140",),
