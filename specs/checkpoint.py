@@ -117,7 +117,10 @@ def disturb(model: nn.Module, *, seed: int, all_of_it: bool = False) -> None:
         "https://github.com/unslothai/unsloth-zoo/issues/692",
         "https://github.com/huggingface/peft/pull/1147",
     ),
-    needs=("forward/equals-oracle",),
+    needs=(
+        "quantized/forward-equals-dequantised-oracle",
+        "forward/equals-oracle",
+    ),
     cases=tuple(Case(specimen=s) for s in ("stack", "embedding", "conv2d", "normed", "nf4")),
 )
 def only_lora(trial: Trial) -> None:
@@ -169,7 +172,6 @@ def _storage_bytes(found: Any) -> int:
     cases=(
         *KINDS,
         Case(way="lora_bias"),
-        Case(specimen="nf4"),
     ),
 )
 def complete(trial: Trial) -> None:
@@ -232,7 +234,10 @@ def _undoes(trial: Trial, config: LoraConfig) -> None:
     claim="A checkpoint loaded into a second model MUST give the same factors, bit for bit.",
     why="Saving is not training: what was evaluated must be what is deployed.",
     source=("BUGS 64, 66; P3", "https://github.com/pytorch/torchtune/issues/907"),
-    needs=("checkpoint/complete",),
+    needs=(
+        "quantized/forward-equals-dequantised-oracle",
+        "checkpoint/complete",
+    ),
     cases=(*KINDS, Case(shape=(5, 5), r=5), Case(specimen="nf4")),
 )
 def round_trip_bits(trial: Trial) -> None:

@@ -8,6 +8,7 @@ from harness import one_layer
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
+from harness.specs.forward_training import drops, gradients_right
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -109,6 +110,36 @@ def base_bits_unchanged(trial: Trial) -> None:
         trial.same_bits(tensor, kept[name], f"the base's {name} after training")
     one_layer.silence(trial, model)
     trial.same_bits(trial.call(model, x), silent, "outputs after training, with zero factors")
+
+
+@spec(
+    "quantized/gradients",
+    claim="On a 4-bit base the gradients of the input and of each factor MUST be those of the equation "
+    "for the dequantised W.",
+    why="A base that is called without gradients trains the last layer alone.",
+    source=(QLORA, "BUGS 101"),
+    needs=("quantized/base-bits-unchanged", "forward/gradients"),
+    features=("quantized_base",),
+    cases=(Case(specimen="nf4"),),
+    more_cases=(Case(specimen="nf4", r=13, alpha=2.0),),
+)
+def gradients(trial: Trial) -> None:
+    """Judge against float64."""
+    gradients_right(trial, trial.base())
+
+
+@spec(
+    "quantized/dropout",
+    claim="On a 4-bit base dropout MUST act on the branch, unbiased, and leave the base's path alone.",
+    why="A layer of its own for a quantised base is another place to forget it in.",
+    source=(QLORA, "BUGS 117"),
+    needs=("quantized/base-bits-unchanged", "forward/dropout-on-in-train"),
+    features=("quantized_base", "dropout"),
+    cases=(Case(specimen="nf4", dropout=0.5),),
+)
+def dropout(trial: Trial) -> None:
+    """Judge outputs in train mode."""
+    drops(trial)
 
 
 @spec(

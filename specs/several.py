@@ -23,6 +23,7 @@ DESIGN = "DESIGN.md, multi_adapter"
     why="Serving or training one adapter with another's update in it is wrong without a sign of it.",
     source=(DESIGN, "BUGS 97", "https://github.com/huggingface/peft/pull/2466"),
     needs=(
+        "quantized/forward-equals-dequantised-oracle",
         "forward/base-unchanged",
         "forward/equals-oracle",
         "forward/embedding",

@@ -30,7 +30,12 @@ if TYPE_CHECKING:
         "BUGS P-20, P20",
         "https://github.com/huggingface/peft/pull/368",
     ),
-    needs=("forward/base-unchanged", "forward/equals-oracle", "forward/dropout-off-in-eval"),
+    needs=(
+        "quantized/forward-equals-dequantised-oracle",
+        "forward/base-unchanged",
+        "forward/equals-oracle",
+        "forward/dropout-off-in-eval",
+    ),
     features=("disable",),
     cases=(
         Case(),

@@ -129,8 +129,6 @@ def loss_goes_down(trial: Trial) -> None:
 )
 def base_unchanged(trial: Trial) -> None:
     """Judge by the base's own tensors, by outputs with zero factors, and by `base_weight`."""
-    import torch
-
     from harness import oracle
 
     base, given = trial.base(), trial.inputs()

@@ -101,7 +101,8 @@ class AsSet(Reference):
         super().save(model, directory)
         path = directory / "adapter.json"
         given = json.loads(path.read_text(encoding="utf-8"))
-        given["target_modules"] = list(set(given["target_modules"]))
+        if not isinstance(given["target_modules"], str):
+            given["target_modules"] = list(set(given["target_modules"]))
         path.write_text(json.dumps(given), encoding="utf-8")
 
 

@@ -80,7 +80,7 @@ def merges_twice_the_update_into_four_bits() -> Adapter:
 
 @fault(
     sin="A quantised base is called without gradients, and none goes back through it.",
-    killed_by="forward/gradients",
+    killed_by="quantized/gradients",
     varies="a 4-bit base, the gradient of its input",
 )
 def no_gradient_through_four_bits() -> Adapter:
@@ -98,7 +98,7 @@ def no_gradient_through_four_bits() -> Adapter:
 
 @fault(
     sin="The layer for a quantised base takes a dropout, and drops nothing.",
-    killed_by="forward/dropout-on-in-train",
+    killed_by="quantized/dropout",
     varies="a 4-bit base, dropout",
 )
 def drops_nothing_on_four_bits() -> Adapter:
