@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from harness.conversations import Message, Split
 
+BATCH = 1000
+"""How many conversations are put into tokens at a time where only their lengths are wanted."""
+
 _END = ("<|endoftext|>", "<|end|>")
 
 
@@ -146,8 +149,10 @@ def check_window(data: Dataset, own: PreTrainedTokenizerFast, max_length: int) -
     Raises:
         UsageError: every one is.
     """
-    coded = own.apply_chat_template(list(data["messages"]), return_dict=True)["input_ids"]
-    lengths = [len(ids) for ids in coded]
+    lengths: list[int] = []
+    for batch in data.iter(BATCH):  # the tokens of a whole large set would be tens of gigabytes
+        coded = own.apply_chat_template(batch["messages"], return_dict=True)["input_ids"]
+        lengths += map(len, coded)
     if min(lengths) > max_length:
         raise UsageError(
             f"data: every example is longer than the window of {max_length} tokens, the shortest "

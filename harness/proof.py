@@ -204,11 +204,20 @@ def optimizer_holds(model: nn.Module, optimizer: Any) -> Proof:
     )
 
 
-def checkpoint_is_whole(model: nn.Module, base: Mapping[str, str], folder: Path) -> Proof:
+STILL = (
+    "the learning rate was 0 in every step, as in warmup's first: nothing was trained; train longer"
+)
+"""Why what training would have changed cannot be judged."""
+
+
+def checkpoint_is_whole(
+    model: nn.Module, base: Mapping[str, str], folder: Path, *, moved: bool = True
+) -> Proof:
     """Property 2, on both files as they lie on disk.
 
     All and only: as many numbers as train, each finite, B not zero after training; scalars such as
-    alpha apart. No tensor has the bits of one of the base's, given by their fingerprints.
+    alpha apart. No tensor has the bits of one of the base's, given by their fingerprints. `moved` says
+    whether any step had a learning rate: without one, B is rightly zero, and what it proves open.
     """
     files = {
         name: checkpoint.read(folder / name) for name in (checkpoint.PLAIN, checkpoint.PICKLED)
@@ -217,19 +226,30 @@ def checkpoint_is_whole(model: nn.Module, base: Mapping[str, str], folder: Path)
     same = checkpoint.digests(state) == checkpoint.digests(files[checkpoint.PICKLED])
     wanted = trainable(model)
     tensors = {key: value for key, value in state.items() if value.numel() != 1}
+    zero = [key for key, value in tensors.items() if not value.any()]
     empty = [
         key
         for key, value in tensors.items()
-        if not value.numel() or not value.isfinite().all() or not value.any()
+        if not value.numel() or not value.isfinite().all() or (moved and key in zero)
     ]
     marks = set(base.values())
-    foreign = [key for key, mark in checkpoint.digests(tensors).items() if mark in marks]
+    held = checkpoint.digests(tensors)
+    foreign = [key for key, mark in held.items() if mark in marks]
     numbers, want = (sum(v.numel() for v in each.values()) for each in (tensors, wanted))
-    why = "the two files differ" if not same else f"first at {(empty or foreign or ['?'])[0]}"
+    whole = same and not empty and not foreign and numbers == want
+    claim = "the checkpoint is LoRA, and whole"
+    if whole and zero and not moved:
+        return unjudged("checkpoint-is-lora", claim, STILL, "not_run")
+    live = checkpoint.digests(wanted)
+    lacking = [name for name, mark in live.items() if mark not in held.values()]
+    beside = [key for key, mark in held.items() if mark not in live.values()]
+    why = f"lacks {lacking[:3]}, has beside what trains {beside[:3]}"
+    if not same or empty or foreign:
+        why = f"first at {(empty or foreign)[0]}" if same else "the two files differ"
     return judged(
         "checkpoint-is-lora",
-        "the checkpoint is LoRA, and whole",
-        same and not empty and not foreign and numbers == want,
+        claim,
+        whole,
         f"{numbers:,}; {len(empty)} empty, {len(foreign)} base",
         f"{want:,}; 0 empty, 0 base",
         why,

@@ -149,7 +149,8 @@ def own_forwards(model: nn.Module) -> Iterator[None]:
 class Log(TrainerCallback):  # type: ignore[misc]  # transformers is skipped by mypy
     """Every entry of the trainer's log: a line on the console and a line of JSON in the file.
 
-    `started` is called after the first step, `heard` with the trainer's state when it logs.
+    `started` is called after the first step, `heard` with the trainer's state when it logs; `rate` is
+    the highest learning rate of any step.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class Log(TrainerCallback):  # type: ignore[misc]  # transformers is skipped by 
         started: Callable[[], None] = lambda: None,
     ) -> None:
         self.path, self.heard, self.started = path, heard, started
-        self.told, self.begun = -math.inf, False
+        self.told, self.begun, self.rate = -math.inf, False, 0.0
         self.bar: Any = None
         if not append:
             path.write_text("", encoding="utf-8")
@@ -179,6 +180,13 @@ class Log(TrainerCallback):  # type: ignore[misc]  # transformers is skipped by 
             leave=False,
             disable=not sys.stderr.isatty(),
         )
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        """Note the rate that the step will have: it is logged for some steps only."""
+        del args, state, control
+        self.rate = max(self.rate, *(float(group["lr"]) for group in optimizer.param_groups))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move the bar."""

@@ -91,6 +91,7 @@ class Run:
         self.model: nn.Module = self.base
         self.injecting = False
         self.steps = 0
+        self.moved = True  # whether any step had a learning rate
         self.logged: Callable[[], None] = lambda: None
         self.history: list[dict[str, Any]] = []
 
@@ -125,12 +126,12 @@ class Run:
                 self.model, self.adapter, self.config, self.expected, self.whole
             ),
             proof.optimizer_holds(self.model, trainer.optimizer),
-            proof.checkpoint_is_whole(self.model, self.marks, self.folder.path),
+            proof.checkpoint_is_whole(self.model, self.marks, self.folder.path, moved=self.moved),
             went_down,
             losses.eval_loss_went_down(
                 before,
                 after,
-                SAME if self.alike else "",
+                SAME if self.alike else "" if self.moved else proof.STILL,
                 learned=went_down.outcome != "failed",
             ),
             proof.base_unchanged(self.marks, self.model),
@@ -185,6 +186,8 @@ class Run:
                 if self.steps:
                     trainer._save_checkpoint(trainer.model, None)  # noqa: SLF001  # its own way
                 raise
+        rates = [rate for _, rate in losses.curve(trainer.state.log_history, "learning_rate")]
+        self.moved = any((self.log.rate, *rates)) or (last is not None and not rates)
         if evaluates:
             told = dict(losses.curve(trainer.state.log_history, "eval_loss"))
             last_step = trainer.state.global_step
@@ -229,7 +232,7 @@ class Run:
         if config.gradient_checkpointing and kwargs.get("use_reentrant", False):
             # Reentrant checkpointing drops gradients where a segment's inputs need none.
             self.base.enable_input_require_grads()
-        log = Log(
+        self.log = Log(
             self.folder.log,
             append=append,
             heard=self._heard,
@@ -246,7 +249,7 @@ class Run:
                 train_dataset=self.train,
                 eval_dataset=self.eval,
                 processing_class=self.tokenizer,
-                callbacks=[log],
+                callbacks=[self.log],
             )
             trainer.check_settings()
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -326,6 +329,8 @@ class Run:
         if proof.merge_sin(weights, unmerged[real], logits[real]):
             reason = "blocked: what was compared is not a merged model"
             answers = proof.unjudged(*replies.CLAIM, reason, "not_run")
+        elif not self.moved:
+            answers = proof.unjudged(*replies.CLAIM, proof.STILL, "not_run")
         else:
             answers = replies.same_replies(
                 before,

@@ -314,6 +314,23 @@ def test_examples_longer_than_the_window_are_counted_and_all_of_them_are_told(ow
         chat.check_window(shipped["eval"], own, 8)
 
 
+def test_lengths_are_counted_a_batch_at_a_time(own, shipped, monkeypatch):
+    """No more tokens are held at once than a batch's, and none of the conversations is left out."""
+    real, asked = own.apply_chat_template, []
+
+    def counted(messages, **given):
+        asked.append(len(messages))
+        return real(messages, **given)
+
+    monkeypatch.setattr(own, "apply_chat_template", counted)
+    monkeypatch.setattr(chat, "BATCH", 10)
+    data = shipped["eval"].select(range(25))
+
+    chat.check_window(data, own, 1000)
+
+    assert asked == [10, 10, 5]
+
+
 def test_replies_leave_the_model_and_the_tokenizer_as_they_were(own):
     """A model in train mode is asked in eval mode; batching changes no reply."""
     model = phi3.load("tiny").train()

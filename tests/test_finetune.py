@@ -166,6 +166,19 @@ def test_gradient_checkpointing_changes_no_loss(fit, plain, adapter, override):
     assert proofs["finetune/checkpoint-is-lora"].outcome == "passed"
 
 
+def test_a_single_step_of_warmup_blames_nobody(fit):
+    """Its rate is 0: B stays zero, and no loss moves."""
+    _, proofs, one = fit("reference", "training_config.max_steps=1", "training_config.do_eval=true")
+
+    outcomes = {p.spec.partition("/")[2]: p.outcome for p in proofs.values()}
+    names = ("checkpoint-is-lora", "loss-went-down", "eval-loss-went-down")
+    assert (one.moved, {outcomes[name] for name in names}) == (False, {"not_run"})
+    assert set(outcomes.values()) == {"passed", "not_run"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries' own
+        assert {p.outcome for p in one.merged(*one.probe())} == {"not_run"}
+
+
 def test_evaluating_leaves_a_merging_implementation_unmerged(fit):
     """A merging implementation evaluated during training: its base keeps every bit, which merging would not."""
     _, proofs, one = fit(

@@ -214,6 +214,41 @@ def test_a_loss_that_is_not_finite_is_seen_and_told(value, tmp_path):
     assert found.reason.startswith(f"it is {value} at step 40; ")
 
 
+def test_a_checkpoint_of_steps_without_a_rate_proves_nothing_of_b(tmp_path):
+    """B is zero as it must be, and nobody is blamed; a tensor that is left out is named all the same."""
+    import torch
+
+    from harness import proof
+
+    adapter = registry.resolve("reference")
+    model, marks, _ = injected(adapter)
+    name = next(iter(adapter.factors(model)))
+
+    def judged(moved):
+        return proof.checkpoint_is_whole(model, marks, tmp_path, moved=moved)
+
+    with torch.no_grad():
+        for parts in adapter.factors(model).values():
+            for one in parts:
+                one.B.zero_()
+    state = adapter.state_dict(model)
+    checkpoint.write(state, tmp_path)
+    still, trained = judged(False), judged(True)
+    with torch.no_grad():
+        for parts in adapter.factors(model).values():
+            for one in parts:
+                one.B.normal_()
+    state = dict(adapter.state_dict(model))
+    del state[next(key for key in state if name in key and "lora_B" in key)]
+    checkpoint.write(state, tmp_path)
+    short = judged(False)
+
+    assert (still.outcome, still.reason) == ("not_run", proof.STILL)
+    assert (trained.outcome, short.outcome) == ("failed", "failed")
+    assert short.reason.startswith(f"lacks ['{name}.")
+    assert short.reason.endswith("lora_B'], has beside what trains []")
+
+
 def test_another_scaling_than_the_config_gives_is_seen():
     """alpha·r in the place of alpha/r: the truth, which takes the factors' own, cannot show it."""
     from harness import proof
