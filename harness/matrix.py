@@ -277,7 +277,8 @@ def failures(leg: Leg, ids: Sequence[str]) -> list[str]:
     """The first failure of each of these specs in a leg, a paragraph each."""
     return [
         wrapped(
-            f"✗ {r['spec']}: expected {first['expected']}; actual {first['actual']}",
+            f"✗ {r['spec']}: expected {first['expected']}; actual {first['actual']}"
+            + (f", at {first['where']}" if first.get("where") else ""),
             initial_indent="  ",
             subsequent_indent="    ",
         )

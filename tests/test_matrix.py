@@ -35,8 +35,8 @@ def test_a_matrix_cut_short_keeps_the_legs_that_ran(tmp_path, monkeypatch, capsy
 
 
 def test_what_fails_in_one_leg_is_told_below_the_table(tmp_path, monkeypatch, capsys):
-    """The spec, what was expected and what was found; what fails in every leg is not news."""
-    wrong = {"expected": "ΔW of linear", "actual": "0.25"}
+    """The spec, what was expected, what was found and where; what fails in every leg is not news."""
+    wrong = {"expected": "ΔW of linear", "actual": "0.25", "where": "a.b"}
 
     def leg(requirements, run, folder):
         outcome = "failed" if requirements else "passed"
@@ -56,7 +56,9 @@ def test_what_fails_in_one_leg_is_told_below_the_table(tmp_path, monkeypatch, ca
 
     assert "merge/idempotent" in table
     assert "no-drift" not in table + told
-    assert told == ("peft==0.8.2\n  ✗ merge/idempotent: expected ΔW of linear; actual 0.25\n")
+    assert told == (
+        "peft==0.8.2\n  ✗ merge/idempotent: expected ΔW of linear; actual 0.25, at a.b\n"
+    )
 
 
 def _cost(value, **changes):

@@ -117,6 +117,9 @@ RELEASES = {
     "trl 0.19.1: no gradient under checkpointing": Release(
         leg=TRAINERS["trl 0.19.1"], spec="training/sft-trainer-checkpointing"
     ),
+    "trl 1.15.0: no loss without Triton": Release(
+        leg=("trl==1.15.0",), spec="training/sft-trainer-checkpointing", says="'apply'"
+    ),
     "loralib 0.1.1: the merges of Embedding and MergedLinear": Release(
         leg=("loralib==0.1.1",), adapter="loralib", spec="merge/same-output"
     ),
