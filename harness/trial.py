@@ -206,9 +206,16 @@ class Trial:
             *("truth", self.case.specimen, base, factors, given),
         )
 
-    def budget(self, base: nn.Module, factors: Snapshot, given: Any) -> Tensor:
-        """The error that rounding allows on those outputs, by the coarsest dtype in play."""
-        coarse = self.factor_dtype
+    def budget(
+        self,
+        base: nn.Module,
+        factors: Snapshot,
+        given: Any,
+        *,
+        coarse: torch.dtype | None = None,
+    ) -> Tensor:
+        """The error that rounding allows on those outputs, by the coarsest dtype in play, or `coarse`."""
+        coarse = coarse or self.factor_dtype
         return memo.kept(
             lambda: self._budget(base, factors, given, coarse),
             *("budget", self.case.specimen, self.case.r, coarse, base, factors, given),

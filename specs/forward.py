@@ -251,28 +251,38 @@ def called_like_the_base(trial: Trial) -> None:
     """Judge a fresh adapter, whose every answer is the base's, with all that a trainer passes."""
     import torch
 
+    from harness import oracle, tolerance
+
     ids = trial.inputs()["input_ids"]
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0
     given = {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask.bool(), -100)}
     base: Any = trial.base().eval()
+    wide: Any = oracle.merged(base, {})
     model: Any = trial.inject()
+
+    def close(actual: Any, expected: Tensor, truth: Tensor, what: str) -> None:
+        if actual is None:
+            fail("names", expected=what, actual="None")
+        budget = tolerance.model(expected.double() - truth, truth, trial.dtype)
+        trial.close(actual, truth, budget, what)
 
     with torch.no_grad():
         for more in ({}, {"output_hidden_states": True}):
-            expected, actual = base(**given, **more), model(**given, **more)
+            expected, truth, actual = (m(**given, **more) for m in (base, wide, model))
             if type(actual).__name__ != type(expected).__name__:
                 fail(
                     "names",
                     expected=f"an answer of the base's kind, {type(expected).__name__}",
                     actual=type(actual).__name__,
                 )
-            trial.same_bits(actual.logits, expected.logits, "logits under an attention mask")
-            trial.same_bits(actual.loss, expected.loss, "the loss of the labels passed")
+            close(actual.logits, expected.logits, truth.logits, "logits under an attention mask")
+            close(actual.loss, expected.loss, truth.loss, "the loss of the labels passed")
             hidden = len(actual.hidden_states or ()), len(expected.hidden_states or ())
             if hidden[0] != hidden[1]:
                 fail("count", expected=f"{hidden[1]} hidden states", actual=f"{hidden[0]}")
-        trial.same_bits(model(ids).logits, base(ids).logits, "logits of ids passed by position")
+        expected, truth, actual = (m(ids).logits for m in (base, wide, model))
+        close(actual, expected, truth, "logits of ids passed by position")
 
 
 def _close(trial: Trial, base: Any, model: Any, x: Any) -> None:

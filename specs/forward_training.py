@@ -328,7 +328,10 @@ def drops_each_input(trial: Trial, model: nn.Module) -> None:
     trial.close(y, outputs, budget.expand_as(y), "base + scaling·B·A·(0 or x/(1 - p))")
     drawn = mask[:, :i]
     zeroed = 1 - float(drawn.double().mean())
-    by_chance = (p**2 + (1 - p) ** 2) ** i
+    whole, none = drawn.all(1), ~drawn.any(1)
+    if bool((whole | none).all() and whole.any() and none.any()):
+        drawn = drawn[:, :1]  # a token's inputs go together, which is as unbiased
+    by_chance = (p**2 + (1 - p) ** 2) ** drawn.shape[1]
     # Pairs that share a call are not independent: every second pair, and then the others.
     again = [
         (drawn[k + 1 :: 2] == drawn[k:-1:2]).all(1).double()  # (pairs,)

@@ -157,8 +157,14 @@ def weight_equals_oracle(trial: Trial) -> None:
         trial.notes.append(
             f"vacuous at {trial.case}: one rounding may take {lost:.1f} of the adapter's effect"
         )
-    with torch.autocast(trial.case.device.split(":")[0], torch.bfloat16, enabled=autocast):
-        trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
+    try:
+        with torch.autocast(trial.case.device.split(":")[0], torch.bfloat16, enabled=autocast):
+            trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
+    except Exception as error:
+        if not autocast:
+            raise
+        trial.notes.append(f"a merge under autocast is refused: {type(error).__name__}")
+        return
 
     one_layer.check_weight(
         trial,

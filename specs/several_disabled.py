@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from harness.case import Case
 from harness.failure import Broken, fail
 from harness.spec import spec
-from harness.specs.several import activate
+from harness.specs.several import activate, same_as_base
 from harness.specs.state import keep_norms_in_eval
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def disabled_equals_base(trial: Trial) -> None:
         pass
 
     assert inside is not None
-    trial.same_bits(inside, bare, "outputs while disabled")
+    same_as_base(trial, inside, bare, "outputs while disabled")
     _same_state(model, state, f"after leaving `disable`{' by an exception' * (way == 'exception')}")
     trial.unmerged(model)
     trial.same_bits(trial.call(model, x), before, "outputs after leaving `disable`")
@@ -142,7 +142,7 @@ def disabled_keeps_the_active(trial: Trial) -> None:
         inside = trial.call(model, x)
 
     when = "after leaving `disable` with a second adapter active"
-    trial.same_bits(inside, bare, "outputs while disabled, a second adapter being active")
+    same_as_base(trial, inside, bare, "outputs while disabled, a second adapter being active")
     trial.same_bits(trial.call(model, x), before, f"outputs {when}")
     _same_state(model, state, when)
     _same(trial, trial.snapshot(model), values, when)
@@ -179,7 +179,7 @@ def disabled_nested(trial: Trial) -> None:
             trial.notes.append(f"a `disable` inside another is refused: {type(error).__name__}")
         inside = trial.call(model, x)
 
-    trial.same_bits(inside, bare, "outputs while disabled, an inner `disable` being left")
+    same_as_base(trial, inside, bare, "outputs while disabled, an inner `disable` being left")
     when = "after leaving both"
     _same_state(model, state, when)
     trial.same_bits(trial.call(model, x), before, f"outputs {when}")
@@ -287,7 +287,7 @@ def disabled_tells_of_biases(trial: Trial) -> None:
     try:
         trial.loud(use, expected="a warning that trained biases act inside `disable`")
     except Broken:
-        trial.same_bits(inside[0], bare, "outputs while disabled, or a warning that biases act")
+        same_as_base(trial, inside[0], bare, "outputs while disabled, or a warning that biases act")
 
 
 @spec(
@@ -337,7 +337,7 @@ def disabled_whatever_is_done(trial: Trial) -> None:
             trial.notes.append(f"{way} inside `disable` is refused: {type(error).__name__}")
         trial.unmerged(model)
         inside = trial.call(model, x)
-    trial.same_bits(inside, bare, f"outputs while disabled, after {way}")
+    same_as_base(trial, inside, bare, f"outputs while disabled, after {way}")
     trial.unmerged(model)
     after = trial.call(model, x)
     # Of the adapter that acted before and the one activated inside, which acts is not said.

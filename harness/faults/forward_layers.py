@@ -255,7 +255,7 @@ def answers_in_float32() -> Adapter:
 
 @fault(
     sin="Under autocast the layer answers in float32.",
-    killed_by="forward/autocast",
+    killed_by="forward/autocast-dtype",
     replays=("126", "P-16"),
     varies="autocast",
 )

@@ -204,19 +204,23 @@ def rounds_the_base() -> Adapter:
 
 
 @fault(
-    sin="A layer without a bias answers with the last bits of another order of adding up.",
+    sin="The factors are bfloat16, and the base's path takes its input in that too.",
     killed_by=NO_OP,
-    varies="an output that is compared bit for bit",
+    varies="factors coarser than the base",
 )
-def answers_a_little_beside_the_base() -> Adapter:
-    """Within rounding, which only a bias that is added last excuses."""
+def casts_the_bases_input_to_the_factors_dtype() -> Adapter:
+    """Once the branch acts, its own rounding is as large: only a fresh adapter shows the base's."""
+
+    def make_branches(self: Any, path: str, *args: Any) -> list[Branch]:
+        return [branch.bfloat16() for branch in Reference.make_branches(self, path, *args)]
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = Adapted.forward(self, x)
-        plain = "bias" in self.base._parameters and self.base.bias is None and not self.kept
-        return torch.nextafter(y, torch.zeros_like(y)) if plain and not y.requires_grad else y
+        y: torch.Tensor = Adapted.forward(
+            self, x.bfloat16().to(x.dtype) if x.is_floating_point() else x
+        )
+        return y
 
-    return wrong(layer=layer(forward=forward))
+    return wrong(make_branches=make_branches, layer=layer(forward=forward))
 
 
 @fault(

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 KILLS = "failed"
 
 NARROW: dict[str, str] = {
-    "initialization/no-op": "where a layer has a bias the order of the sum is free; without one it is "
-    "judged bit for bit, and a deviation of three roundings fails there",
     "training/same-trajectory-as-reference": "each step may round the factor that it stores once, and "
     "a right step does",
     "merge/weight-equals-oracle": "one rounding of the sum is all that is allowed and all that a right "
