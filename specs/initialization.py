@@ -114,6 +114,8 @@ def base_in_place(trial: Trial) -> None:
 def no_op(trial: Trial) -> None:
     """Judge the outputs before anything is written to the factors, and the factors' product."""
     x, base, used = trial.inputs(), trial.base(), trial.base()
+    if trial.case.specimen == "stack":
+        x = x / 100  # faint: the epsilon of the first norm counts
     trained = trial.case.way == "lora_bias"
     if trained and not trial.claims("lora_bias"):
         trial.notes.append("lora_bias is not claimed")
