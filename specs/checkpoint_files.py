@@ -8,7 +8,7 @@ from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
 from harness.specs.checkpoint import GUIDE, disturb, kept, same_factors
-from harness.specs.forward_training import drops_each_input
+from harness.specs.forward_dropout import drops_each_input
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -241,14 +241,14 @@ def phi3(trial: Trial) -> None:
 @spec(
     "forward/called-like-the-base",
     claim="The returned model MUST take the base's arguments and give the base's kind of answer.",
-    why="Trainers pass masks and labels by name and read the loss from the answer: what a wrapper "
-    "swallows is lost in silence.",
+    why="Trainers pass masks and labels by name and read the loss from the answer, packing passes "
+    "positions, generation a cache: what a wrapper swallows is lost in silence.",
     source=("DESIGN: Returns the model to use, called like the base", "BUGS 57"),
     needs=("initialization/no-op",),
     cases=(Case(specimen="tiny"),),
 )
 def called_like_the_base(trial: Trial) -> None:
-    """Judge a fresh adapter, whose every answer is the base's, with all that a trainer passes."""
+    """Judge a fresh adapter, whose every answer is the base's, with what trainers and generation pass."""
     import torch
 
     ids = trial.inputs()["input_ids"]
@@ -273,6 +273,19 @@ def called_like_the_base(trial: Trial) -> None:
             if hidden[0] != hidden[1]:
                 fail("count", expected=f"{hidden[1]} hidden states", actual=f"{hidden[0]}")
         trial.same_bits(model(ids).logits, base(ids).logits, "logits of ids passed by position")
+        turned = torch.arange(ids.shape[1], device=ids.device).flip(0).expand_as(ids)
+        embedded = base.get_input_embeddings()(ids)
+        given = {"inputs_embeds": embedded, "position_ids": turned, "use_cache": True}
+        expected, actual = base(**given), model(**given)
+        what = "logits of embeddings at the caller's positions"
+        trial.same_bits(actual.logits, expected.logits, what)
+        if actual.past_key_values is None:
+            fail("names", expected="past_key_values under use_cache", actual="none")
+        ends = [
+            one(input_ids=ids[:, :1], past_key_values=begun.past_key_values).logits
+            for one, begun in ((base, expected), (model, actual))
+        ]
+        trial.same_bits(ends[1], ends[0], "logits of a token after a cache")
 
 
 def _close(trial: Trial, base: Any, model: Any, x: Any) -> None:

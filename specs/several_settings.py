@@ -186,7 +186,8 @@ def add_keeps_the_mode(trial: Trial) -> None:
 )
 def added_names_are_loud(trial: Trial) -> None:
     """Judge what is heard when a name of the second adapter means nothing."""
-    names = ("absent_proj",) if trial.case.way == "none-matches" else ("foo", "absent_proj")
+    # Names of their own: who warns once of each has said it of those that other specs ask for.
+    names = ("unknown_proj",) if trial.case.way == "none-matches" else ("foo", "wanting_proj")
     model = trial.adapted()
     adapter: Any = trial.adapter
 
