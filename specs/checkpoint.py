@@ -171,7 +171,7 @@ def _storage_bytes(found: Any) -> int:
     tier="smoke",
     cases=(
         *KINDS,
-        Case(way="lora_bias"),
+        *(Case(specimen=s, way="lora_bias") for s in ("linear", "conv2d", "fused")),
     ),
 )
 def complete(trial: Trial) -> None:

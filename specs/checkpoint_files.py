@@ -109,8 +109,9 @@ def _unreadable(path: Path) -> str:
     cases=(
         Case(),
         Case(alpha=2.5),
-        Case(way="rslora"),
+        *(Case(specimen=s, way="rslora") for s in ("linear", "embedding", "conv2d", "fused")),
         Case(shape=(16, 20), r=16, way="dropout", dropout=0.75),
+        *(Case(specimen=s, way="dropout", dropout=0.3) for s in ("conv2d", "fused")),
         Case(dtype="bfloat16"),
         Case(way="lora_bias"),
         Case(specimen="embedding"),

@@ -132,15 +132,20 @@ def gradients_right(
     trial: Trial, base: nn.Module, config: LoraConfig | None = None, *, hooked: bool = False
 ) -> None:
     """The gradients of the adapted base, in eval and in train mode, are those of the equation."""
+    model = trial.adapted(base, config)
+    for module in model.modules() if hooked else ():
+        module.register_full_backward_hook(lambda *_: None)
+    gradients_of(trial, model)
+
+
+def gradients_of(trial: Trial, model: nn.Module) -> None:
+    """The gradients of an adapted model, in its mode and in train mode, are those of the equation."""
     from harness import descent, oracle, specimen, storage, tolerance
     from harness.specs.forward import formed
 
     x = formed(trial.inputs(), trial.case.way)
     if not x.is_floating_point():
         x = x.masked_fill(x == 1, 0)
-    model = trial.adapted(base, config)
-    for module in model.modules() if hooked else ():
-        module.register_full_backward_hook(lambda *_: None)
     for train in (False, True):
         if train:
             model.train()

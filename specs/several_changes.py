@@ -260,7 +260,7 @@ def merges_the_active(trial: Trial) -> None:
     model = trial.adapted()
     adapter: Any = trial.adapter
     first = trial.snapshot(model)
-    adapter.add(model, "second", trial.config())
+    adapter.add(model, "second", trial.config(lora_alpha=3 * trial.case.alpha))
     activate(trial, model, "second")
     second = trial.randomize(model, seed=1)
     truth, budget = trial.truth(base, second, x), trial.budget(base, second, x)

@@ -49,17 +49,22 @@ if TYPE_CHECKING:
         Case(specimen="stack", way="mixed"),
         Case(specimen="bare", dtype="bfloat16"),  # a bias may be added last, and round again
         Case(specimen="nf4"),
+        Case(way="lora_bias"),
     ),
     more_cases=(Case(specimen="tiny-gqa"),),
 )
 def disabled_equals_base(trial: Trial) -> None:
     """Judge outputs inside; outputs, trainability, modes and factors after."""
+    way = trial.case.way
+    if way == "lora_bias" and not trial.claims(way):
+        trial.notes.append(f"{way} is not claimed")
+        return
     base, x = trial.base(), trial.inputs()
     bare = trial.call(base, x)
-    way = trial.case.way
     # Where `eval()` merges, outputs are compared in train mode: dropout would make them random.
     steady = getattr(trial.adapter, "eval_merges", False) or not trial.claims("dropout")
-    model = trial.adapted(base, trial.config(lora_dropout=0.0) if steady else trial.config())
+    settings: dict[str, Any] = {"lora_dropout": 0.0} if steady else {}
+    model = trial.adapted(base, trial.config(lora_bias=way == "lora_bias", **settings))
     before, values = trial.call(model, x), trial.snapshot(model)
     if way == "train":
         model.train()

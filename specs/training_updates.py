@@ -164,6 +164,7 @@ def checkpointing_same_masks(trial: Trial) -> None:
         Case(),
         Case(specimen="fused"),
         Case(specimen="embedding"),
+        Case(specimen="conv2d"),
     ),
     more_cases=(
         Case(specimen="tiny"),
@@ -214,9 +215,16 @@ def same_trajectory_as_reference(trial: Trial) -> None:
         "training/base-unchanged",
         "checkpoint/round-trip-bits",
     ),
-    cases=(Case(), Case(way="optimizer-first"), Case(specimen="fused")),
+    cases=(
+        Case(),
+        *(
+            Case(specimen=s, way="optimizer-first")
+            for s in ("linear", "embedding", "conv2d", "fused")
+        ),
+    ),
     more_cases=(
         Case(specimen="tiny"),
+        Case(specimen="fused"),
         Case(specimen="embedding"),
         Case(specimen="tiny-gqa", way="optimizer-first"),
         Case(dtype="bfloat16"),
