@@ -154,6 +154,8 @@ def _let_through(trial: Trial, model: nn.Module) -> tuple[Tensor, dict[str, Tens
     """
     import torch
 
+    from harness import oracle
+
     base, x = trial.base(), trial.inputs()[:1]
     parts = trial.factors(model)["proj"]
     with torch.no_grad():
@@ -169,7 +171,7 @@ def _let_through(trial: Trial, model: nn.Module) -> tuple[Tensor, dict[str, Tens
             for f in parts
         }
     factors = trial.snapshot(model)
-    images = _one_pixel_a_channel(x, kernel=base.get_submodule("proj").weight.shape[-1])
+    images = _one_pixel_a_channel(x, kernel=oracle.weight_of(base.get_submodule("proj")).shape[-1])
     moved = [trial.truth(base, factors, one) - trial.truth(base, {}, one) for one in images]
     return torch.stack(images).sum(0), {"": torch.stack([m.abs().argmax() for m in moved])}
 

@@ -224,8 +224,6 @@ def same_trajectory_as_reference(trial: Trial) -> None:
     ),
     more_cases=(
         Case(specimen="tiny"),
-        Case(specimen="fused"),
-        Case(specimen="embedding"),
         Case(specimen="tiny-gqa", way="optimizer-first"),
         Case(dtype="bfloat16"),
     ),
