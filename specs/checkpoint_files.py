@@ -113,7 +113,7 @@ def _unreadable(path: Path) -> str:
         Case(shape=(16, 20), r=16, way="dropout", dropout=0.75),
         *(Case(specimen=s, way="dropout", dropout=0.3) for s in ("conv2d", "fused")),
         Case(dtype="bfloat16"),
-        Case(way="lora_bias"),
+        *(Case(specimen=s, way="lora_bias") for s in ("linear", "conv2d", "fused")),
         Case(specimen="embedding"),
         Case(specimen="conv2d"),
         Case(specimen="fused"),
@@ -174,7 +174,7 @@ def save_restores_settings(trial: Trial) -> None:
     source=("BUGS P-7", "https://github.com/huggingface/peft/issues/2105"),
     features=("merge", "save"),
     needs=("checkpoint/save-restores-settings", "checkpoint/same-merged-or-not"),
-    cases=(Case(),),
+    cases=tuple(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused")),
 )
 def save_same_merged_or_not(trial: Trial) -> None:
     """Merge, save, load into a bare base, and compare outputs with the equation."""
@@ -204,7 +204,11 @@ def save_same_merged_or_not(trial: Trial) -> None:
     ),
     features=("save",),
     needs=("checkpoint/save-restores-settings",),
-    cases=(Case(way="frozen"), Case(way="trainable")),
+    cases=tuple(
+        Case(specimen=s, way=way)
+        for s in ("linear", "embedding", "conv2d", "fused")
+        for way in ("frozen", "trainable")
+    ),
 )
 def load_trainability(trial: Trial) -> None:
     """Compare what requires a gradient after `load` with what does after `inject`."""

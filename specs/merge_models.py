@@ -279,7 +279,7 @@ def _greedy(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     features=("merge", "disable"),
     needs=("merge/only-targets-change", "several/disabled-equals-base"),
     cases=(
-        *(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "stack")),
+        *(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused", "stack")),
         Case(way="lora_bias"),
     ),
 )

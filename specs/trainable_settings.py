@@ -31,6 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
     cases=(
         *(Case(specimen="shared", way=mode) for mode in ("none", "lora_only", "all")),
         *(Case(specimen="conv2d", way=mode) for mode in ("none", "lora_only", "all")),
+        Case(specimen="fused", way="lora_only"),
     ),
 )
 def bias_modes(trial: Trial) -> None:

@@ -31,7 +31,7 @@ def is_plain(adapted: Adapted, branch: Branch) -> bool:
     return isinstance(adapted.original, nn.Linear) and branch.rows is None
 
 
-def _loading(spoil: Callable[[Branch, LoraConfig], None]) -> Adapter:
+def loading(spoil: Callable[[Branch, LoraConfig], None]) -> Adapter:
     """A reference that does something to all it loads but plain linear layers."""
 
     def load(self: Any, base: nn.Module, directory: Path, *, trainable: bool = False) -> nn.Module:
@@ -53,7 +53,7 @@ def _loading(spoil: Callable[[Branch, LoraConfig], None]) -> Adapter:
     varies="dropout of a loaded convolution",
 )
 def loads_convolutions_without_dropout() -> Adapter:
-    return _loading(lambda branch, _: setattr(branch, "dropout", None))
+    return loading(lambda branch, _: setattr(branch, "dropout", None))
 
 
 @fault(
@@ -63,7 +63,7 @@ def loads_convolutions_without_dropout() -> Adapter:
     varies="rsLoRA of a loaded embedding",
 )
 def loads_embeddings_without_rslora() -> Adapter:
-    return _loading(lambda branch, c: setattr(branch, "scaling", c.lora_alpha / c.r))
+    return loading(lambda branch, c: setattr(branch, "scaling", c.lora_alpha / c.r))
 
 
 @fault(
