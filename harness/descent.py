@@ -20,7 +20,7 @@ from harness import oracle
 from harness.adapter import Factors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -85,29 +85,39 @@ def mean_loss(call: Callable[[Any], Tensor], given: Any) -> Tensor:
 
 
 class Equation:
-    """A base with W + ΔW in the place of W, differentiable in the factors.
+    """A base with W + ΔW in the place of W, differentiable in the factors and in what trains beside them.
 
     Args:
         base: bare; it is copied.
         factors: the values to start from.
         dtype: what it is evaluated in; ΔW is summed in float64 whatever that is.
+        besides: names of the base's parameters that train too.
     """
 
     def __init__(
-        self, base: nn.Module, factors: Snapshot, dtype: torch.dtype = torch.float64
+        self,
+        base: nn.Module,
+        factors: Snapshot,
+        dtype: torch.dtype = torch.float64,
+        besides: Sequence[str] = (),
     ) -> None:
         self.base = oracle.dense(base).to(dtype).eval().requires_grad_(False)
         self.dtype = dtype
         self.modules = {name: base.get_submodule(name) for name in factors}
         self.factors = {name: [_leaves(f) for f in parts] for name, parts in factors.items()}
+        self.besides = {
+            name: base.get_parameter(name).detach().double().clone().requires_grad_()
+            for name in besides
+        }
 
     def leaves(self) -> list[Tensor]:
-        """The factors, in a fixed order."""
-        return [t for parts in self.factors.values() for f in parts for t in _tensors(f)]
+        """The factors, and what trains beside them, in a fixed order."""
+        factors = [t for parts in self.factors.values() for f in parts for t in _tensors(f)]
+        return [*factors, *self.besides.values()]
 
     def __call__(self, given: Any) -> Tensor:
         """The outputs."""
-        weights = {}
+        weights = {name: t.to(self.dtype) for name, t in self.besides.items()}
         for name, parts in self.factors.items():
             module = self.modules[name]
             weight = oracle.weight_of(module).detach().double()
@@ -115,9 +125,9 @@ class Equation:
             weights[f"{name}.weight"] = (weight + delta).to(self.dtype)
             extra = oracle.bias_delta(module, parts)
             if extra is not None:
-                bias: Any = module.bias
+                bias: Any = self.besides.get(f"{name}.bias", module.bias)
                 extra = extra.to(weight.device)
-                weights[f"{name}.bias"] = (bias.detach().double() + extra).to(self.dtype)
+                weights[f"{name}.bias"] = (bias.double() + extra).to(self.dtype)
         if isinstance(given, dict):
             told = functional_call(self.base, weights, (), given, tie_weights=False)
             return told.logits  # type: ignore[no-any-return]

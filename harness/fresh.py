@@ -33,6 +33,7 @@ LIBRARIES = (
     "bitsandbytes",
     "harness.registry",
     "harness.trial",
+    "harness.fresh_trial",
     "harness.specs.checkpoint_fresh",
 )
 """What the server imports so that no child has to: of what implementations import, and of the harness."""

@@ -9,12 +9,12 @@ section 4.1; layouts: `harness.adapter`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from harness import clone
+from harness import clone, storage
 from harness.adapter import Factors
 
 if TYPE_CHECKING:
@@ -135,31 +135,30 @@ def gradients(
     """Gradients of Σ cotangent · output in float64, for a base of one linear operation.
 
     Returns:
-        That of the input, None where the input is indices, and those of each A and B in turn.
+        That of the input, None where the input is indices, and those of each A, B and bias in turn.
     """
     model: nn.Module = dense(base).double().eval()
+
+    def leaf(t: Tensor | None) -> Any:
+        return None if t is None else t.clone().requires_grad_()
+
     leaves = {
-        name: [
-            Factors(
-                f.A.clone().requires_grad_(),
-                f.B.clone().requires_grad_(),
-                f.scaling,
-                f.rows,
-                f.bias,
-            )
-            for f in parts
-        ]
+        name: [Factors(leaf(f.A), leaf(f.B), f.scaling, f.rows, leaf(f.bias)) for f in parts]
         for name, parts in factors.items()
     }
     weights = {}
     for name, parts in leaves.items():
         module = model.get_submodule(name)
-        held = weight_of(module).detach()
+        held, bias = weight_of(module).detach(), getattr(module, "bias", None)
         weights[f"{name}.weight"] = held + delta(module, parts).to(held.device)
+        extra = bias_delta(module, parts)
+        if extra is not None:
+            extra = extra.to(held.device)
+            weights[f"{name}.bias"] = extra if bias is None else bias.detach() + extra
     x = given.detach().double().clone() if given.is_floating_point() else given
     x.requires_grad_(given.is_floating_point())
     y: Tensor = torch.func.functional_call(model, weights, (x,))
-    variables = [t for parts in leaves.values() for f in parts for t in (f.A, f.B)]
+    variables = storage.handles(leaves)
     inputs = [x] if given.is_floating_point() else []
     found = torch.autograd.grad((y * cotangent.double()).sum(), [*inputs, *variables])
     return (found[0] if inputs else None), list(found[len(inputs) :])

@@ -171,7 +171,7 @@ def _storage_bytes(found: Any) -> int:
     tier="smoke",
     cases=(
         *KINDS,
-        Case(way="lora_bias"),
+        *(Case(specimen=s, way="lora_bias") for s in ("linear", "conv2d", "fused")),
     ),
 )
 def complete(trial: Trial) -> None:
@@ -252,7 +252,10 @@ def round_trip_bits(trial: Trial) -> None:
     source=("BUGS P-7", "https://github.com/huggingface/peft/issues/2105"),
     features=("merge",),
     needs=("checkpoint/complete", "merge/same-output"),
-    cases=(Case(), Case(specimen="fused"), Case(dtype="bfloat16")),
+    cases=(
+        *(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused")),
+        Case(dtype="bfloat16"),
+    ),
 )
 def same_merged_or_not(trial: Trial) -> None:
     """Save before and while merged, which must not keep it from being unmerged."""

@@ -8,7 +8,7 @@ from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
 from harness.specs.checkpoint import GUIDE, disturb, kept, same_factors
-from harness.specs.forward_training import drops_each_input
+from harness.specs.forward_dropout import drops_each_input
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,10 +109,11 @@ def _unreadable(path: Path) -> str:
     cases=(
         Case(),
         Case(alpha=2.5),
-        Case(way="rslora"),
+        *(Case(specimen=s, way="rslora") for s in ("linear", "embedding", "conv2d", "fused")),
         Case(shape=(16, 20), r=16, way="dropout", dropout=0.75),
+        *(Case(specimen=s, way="dropout", dropout=0.3) for s in ("conv2d", "fused")),
         Case(dtype="bfloat16"),
-        Case(way="lora_bias"),
+        *(Case(specimen=s, way="lora_bias") for s in ("linear", "conv2d", "fused")),
         Case(specimen="embedding"),
         Case(specimen="conv2d"),
         Case(specimen="fused"),
@@ -173,7 +174,7 @@ def save_restores_settings(trial: Trial) -> None:
     source=("BUGS P-7", "https://github.com/huggingface/peft/issues/2105"),
     features=("merge", "save"),
     needs=("checkpoint/save-restores-settings", "checkpoint/same-merged-or-not"),
-    cases=(Case(),),
+    cases=tuple(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused")),
 )
 def save_same_merged_or_not(trial: Trial) -> None:
     """Merge, save, load into a bare base, and compare outputs with the equation."""
@@ -203,7 +204,11 @@ def save_same_merged_or_not(trial: Trial) -> None:
     ),
     features=("save",),
     needs=("checkpoint/save-restores-settings",),
-    cases=(Case(way="frozen"), Case(way="trainable")),
+    cases=tuple(
+        Case(specimen=s, way=way)
+        for s in ("linear", "embedding", "conv2d", "fused")
+        for way in ("frozen", "trainable")
+    ),
 )
 def load_trainability(trial: Trial) -> None:
     """Compare what requires a gradient after `load` with what does after `inject`."""

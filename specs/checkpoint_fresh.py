@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from harness import fresh_trial
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
 from harness.specs.checkpoint import GUIDE, kept
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from harness.trial import Trial
@@ -36,7 +36,7 @@ def fresh_process(trial: Trial) -> None:
     model = trial.adapted()
     torch.save(kept(trial, model), folder / "state.pt")
     want = trial.call(model, given)
-    if not _in_a_fresh_process(trial, folder, _load_and_call):
+    if not fresh_trial.done(trial, folder, _load_and_call):
         return
 
     found = torch.load(folder / "output.pt", weights_only=True)
@@ -70,7 +70,7 @@ def same_bytes_under_another_hash_seed(trial: Trial) -> None:
     """Save the same factors here and in a child under another hash seed."""
     folder = trial.folder()
     _save_many_names(trial, folder / "here")
-    if not _in_a_fresh_process(trial, folder, _save_there):
+    if not fresh_trial.done(trial, folder, _save_there):
         return
 
     here, there = _contents(folder / "here"), _contents(folder / "there")
@@ -103,56 +103,3 @@ def _contents(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def _in_a_fresh_process(trial: Trial, folder: Path, act: Callable[[Trial, Path], None]) -> bool:
-    """`act(trial, folder)` in a process that has met no implementation; whether it was done.
-
-    There the implementation is made anew, by its name. One that was given as an object goes by
-    pickle, which the contract does not ask for and which leaves behind what its factory did to
-    torch: where that does not work, a note says so.
-    """
-    import pickle
-
-    from harness import fresh
-
-    name = fresh.ADAPTER
-    try:
-        if not name:
-            (folder / "adapter.pkl").write_bytes(pickle.dumps(trial.adapter))
-    except Exception as error:  # noqa: BLE001  # pickle raises whatever the object does
-        problem = f"{type(error).__name__}: {error}"
-    else:
-        problem = fresh.call(__name__, "child", str(folder), str(trial.case), act.__name__, name)
-    if problem and name:
-        fail("raised", expected="it works in a fresh process", actual=problem)
-    if problem:
-        trial.notes.append(
-            "vacuous: an adapter given as an object does not work in a fresh process, by pickle; "
-            f"to judge it there, give pkg.module:factory ({problem[:120]})"
-        )
-    return not problem
-
-
-def child(folder: str, case: str, act: str, name: str) -> None:
-    """What the fresh process runs: one of this file's functions, on a trial of its own.
-
-    On the implementation of that name or, where there is none, on the one in the folder.
-    """
-    import pickle
-    from pathlib import Path
-
-    import torch
-
-    from harness.registry import resolve
-    from harness.trial import Trial
-    from harness.worker import ready
-
-    torch.set_num_threads(1)
-    point = Case.parse(case)
-    ready(point.device)
-    at = Path(folder)
-    # Its own pickle, written a moment ago.
-    adapter = resolve(name) if name else pickle.loads((at / "adapter.pkl").read_bytes())  # noqa: S301
-    known = {function.__name__: function for function in (_load_and_call, _save_there)}
-    known[act](Trial(adapter, point), at)

@@ -241,14 +241,14 @@ def phi3(trial: Trial) -> None:
 @spec(
     "forward/called-like-the-base",
     claim="The returned model MUST take the base's arguments and give the base's kind of answer.",
-    why="Trainers pass masks and labels by name and read the loss from the answer: what a wrapper "
-    "swallows is lost in silence.",
+    why="Trainers pass masks and labels by name and read the loss from the answer, packing passes "
+    "positions, generation a cache: what a wrapper swallows is lost in silence.",
     source=("DESIGN: Returns the model to use, called like the base", "BUGS 57"),
     needs=("initialization/no-op",),
     cases=(Case(specimen="tiny"),),
 )
 def called_like_the_base(trial: Trial) -> None:
-    """Judge a fresh adapter, whose every answer is the base's, with all that a trainer passes."""
+    """Judge a fresh adapter, whose every answer is the base's, with what trainers and generation pass."""
     import torch
 
     from harness import oracle, tolerance
@@ -281,8 +281,24 @@ def called_like_the_base(trial: Trial) -> None:
             hidden = len(actual.hidden_states or ()), len(expected.hidden_states or ())
             if hidden[0] != hidden[1]:
                 fail("count", expected=f"{hidden[1]} hidden states", actual=f"{hidden[0]}")
-        expected, truth, actual = (m(ids).logits for m in (base, wide, model))
+        all_three = (base, wide, model)
+        expected, truth, actual = (m(ids).logits for m in all_three)
         close(actual, expected, truth, "logits of ids passed by position")
+        embedded = base.get_input_embeddings()(ids)
+        turned = torch.arange(ids.shape[1], device=ids.device).flip(0).expand_as(ids)
+        begun = [
+            m(inputs_embeds=x, position_ids=turned, use_cache=True)
+            for m, x in zip(all_three, (embedded, embedded.double(), embedded), strict=True)
+        ]
+        expected, truth, actual = (answer.logits for answer in begun)
+        close(actual, expected, truth, "logits of embeddings at the caller's positions")
+        if begun[-1].past_key_values is None:
+            fail("names", expected="past_key_values under use_cache", actual="none")
+        expected, truth, actual = (
+            m(input_ids=ids[:, :1], past_key_values=answer.past_key_values).logits
+            for m, answer in zip(all_three, begun, strict=True)
+        )
+        close(actual, expected, truth, "logits of a token after a cache")
 
 
 def _close(trial: Trial, base: Any, model: Any, x: Any) -> None:

@@ -59,7 +59,10 @@ def base_unchanged(trial: Trial) -> None:
         "https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html",
     ),
     needs=("forward/equals-oracle", "forward/output-dtype", "forward/sees-factors-now"),
-    cases=tuple(Case(dtype=dtype) for dtype in ("float64", "bfloat16")),
+    cases=(
+        *(Case(dtype=dtype) for dtype in ("float64", "bfloat16")),
+        *(Case(specimen=s, dtype="bfloat16") for s in ("conv2d", "fused")),
+    ),
 )
 def after_a_cast(trial: Trial) -> None:
     """Inject and call in float32, cast, then give the factors values and compare."""

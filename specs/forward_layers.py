@@ -169,11 +169,16 @@ def conv2d_edges(trial: Trial) -> None:
     cases=(
         *(Case(dtype=d) for d in ("float32", "bfloat16", "float16", "float64")),
         *(Case(specimen=s, dtype="bfloat16") for s in ("embedding", "conv2d", "fused")),
+        Case(dtype="bfloat16", way="lora_bias"),
     ),
 )
 def output_dtype(trial: Trial) -> None:
     """Judge the dtype alone."""
-    model, x = trial.inject(), trial.inputs()
+    way = trial.case.way
+    if way and not trial.claims(way):
+        trial.notes.append(f"{way} is not claimed")
+        return
+    model, x = trial.inject(config=trial.config(lora_bias=bool(way))), trial.inputs()
     for train in (False, True):
         model.train(train)
         found = trial.call(model, x).dtype

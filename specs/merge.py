@@ -35,6 +35,7 @@ EACH_LAYER = (
     Case(specimen="conv2d", dtype="bfloat16"),
     Case(specimen="grouped"),
     Case(specimen="fused"),
+    Case(specimen="fused", dtype="bfloat16"),
 )
 
 
@@ -355,12 +356,19 @@ def _cycle(trial: Trial) -> None:
     source=("BUGS 1", "https://github.com/huggingface/peft/pull/1355"),
     features=("merge",),
     needs=("merge/same-output", "merge/restores-base"),
-    cases=tuple(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused")),
+    cases=(
+        *(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused")),
+        Case(way="lora_bias"),
+    ),
 )
 def idempotent(trial: Trial) -> None:
     """Merge twice; where it is claimed, unmerge before that and twice after."""
+    way = trial.case.way
+    if way and not trial.claims(way):
+        trial.notes.append(f"{way} is not claimed")
+        return
     base, given = trial.base(), trial.inputs()
-    model = trial.adapted()
+    model = trial.adapted(config=trial.config(lora_bias=bool(way)))
     factors = trial.snapshot(model)
     truth, budget = trial.truth(base, factors, given), trial.budget(base, factors, given)
     merge: Any = trial.adapter.merge  # type: ignore[attr-defined]  # the feature brings it

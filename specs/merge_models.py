@@ -192,7 +192,7 @@ def bias_scaled(trial: Trial) -> None:
     source=("BUGS 37", "https://github.com/huggingface/peft/pull/3411"),
     features=("merge",),
     needs=("merge/weight-equals-oracle",),
-    cases=(Case(specimen="stack"),),
+    cases=(Case(specimen="stack"), Case(specimen="embedding"), Case(specimen="conv2d")),
 )
 def refuses_nan(trial: Trial) -> None:
     """Put one NaN into the last adapted module, try to merge, repair it, and compare bits."""
@@ -278,12 +278,20 @@ def _greedy(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     source=("DESIGN.md: what is done while merged is right or raises", "BUGS 26, 42"),
     features=("merge", "disable"),
     needs=("merge/only-targets-change", "several/disabled-equals-base"),
-    cases=tuple(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "stack")),
+    cases=(
+        *(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused", "stack")),
+        Case(way="lora_bias"),
+    ),
 )
 def disabled_while_merged(trial: Trial) -> None:
     """Merge, disable, and compare the outputs inside and after, and once it is unmerged."""
+    way = trial.case.way
+    if way and not trial.claims(way):
+        trial.notes.append(f"{way} is not claimed")
+        return
     adapter: Any = trial.adapter
-    base, given, model = trial.base(), trial.inputs(), trial.adapted()
+    base, given = trial.base(), trial.inputs()
+    model = trial.adapted(config=trial.config(lora_bias=bool(way)))
     factors = trial.snapshot(model)
     # The update may have been rounded into W and out of it again, at its own magnitude.
     budget = 2 * trial.budget(base, factors, given)

@@ -1,4 +1,4 @@
-"""What a merged model is beside its outputs: as frozen as it was, and the same in train mode."""
+"""What a merged model is beside its outputs: as frozen as it was, the same in train mode, fit to train on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
+from harness.specs.forward_training import gradients_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     ),
     features=("merge",),
     needs=("merge/same-output", "trainable/only-lora"),
-    cases=(Case(r=1), Case(specimen="embedding", r=1)),
+    cases=tuple(Case(specimen=s, r=1) for s in ("linear", "embedding", "conv2d", "fused")),
 )
 def base_stays_frozen(trial: Trial) -> None:
     """Judge at a rank at which a layer's weight has more elements than its factors, by their number.
@@ -90,3 +91,23 @@ def train_mode(trial: Trial) -> None:
     model.train()
 
     trial.close(trial.call(model, given), truth, budget, "merged output, in train mode")
+
+
+@spec(
+    "merge/gradients-after-a-cycle",
+    claim="Merged and unmerged again, a model MUST give the gradients of the equation.",
+    why="Merging to evaluate, in the middle of a run, is what unmerging is for: what trains on from there "
+    "must be what was trained, and no output tells.",
+    source=("DESIGN: unmerge takes it out again", "BUGS 41, P20"),
+    features=("merge", "unmerge"),
+    needs=("merge/restores-base", "forward/gradients"),
+    cases=tuple(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused")),
+)
+def gradients_after_a_cycle(trial: Trial) -> None:
+    """Judge against float64."""
+    model = trial.adapted()
+    adapter: Any = trial.adapter
+    adapter.merge(model)
+    adapter.unmerge(model)
+    trial.unmerged(model)
+    gradients_of(trial, model)

@@ -8,7 +8,8 @@ from harness import one_layer
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
-from harness.specs.forward_training import drops, gradients_right
+from harness.specs.forward_dropout import drops_each_input
+from harness.specs.forward_training import gradients_right
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -130,7 +131,7 @@ def gradients(trial: Trial) -> None:
 
 @spec(
     "quantized/dropout",
-    claim="On a 4-bit base dropout MUST act on the branch, unbiased, and leave the base's path alone.",
+    claim="On a 4-bit base dropout MUST act on the branch as on any other, and leave the base's path alone.",
     why="A layer of its own for a quantised base is another place to forget it in.",
     source=(QLORA, "BUGS 117"),
     needs=("quantized/base-bits-unchanged", "forward/dropout-on-in-train"),
@@ -138,8 +139,8 @@ def gradients(trial: Trial) -> None:
     cases=(Case(specimen="nf4", dropout=0.5),),
 )
 def dropout(trial: Trial) -> None:
-    """Judge outputs in train mode."""
-    drops(trial)
+    """Judge each input of the branch, call by call."""
+    drops_each_input(trial, trial.inject())
 
 
 @spec(

@@ -36,8 +36,9 @@ if TYPE_CHECKING:
         Case(specimen="conv2d"),
         Case(specimen="stack"),
         Case(specimen="embedding"),
+        Case(specimen="fused"),
     ),
-    more_cases=(Case(specimen="fused"), Case(specimen="tiny")),
+    more_cases=(Case(specimen="tiny"),),
 )
 def delete(trial: Trial) -> None:
     """Judge parameters, outputs, that the name is gone, and that it can be given again."""
@@ -179,7 +180,7 @@ def deleted_is_freed(trial: Trial) -> None:
     needs=("several/switch", "several/delete", "merge/same-output"),
     features=("multi_adapter", "merge"),
     cases=(
-        Case(way="activate"),
+        *(Case(specimen=s, way="activate") for s in ("linear", "embedding", "conv2d", "fused")),
         Case(way="add"),
         Case(way="delete"),
         Case(specimen="stack", way="delete"),
@@ -260,7 +261,7 @@ def merges_the_active(trial: Trial) -> None:
     model = trial.adapted()
     adapter: Any = trial.adapter
     first = trial.snapshot(model)
-    adapter.add(model, "second", trial.config())
+    adapter.add(model, "second", trial.config(lora_alpha=3 * trial.case.alpha))
     activate(trial, model, "second")
     second = trial.randomize(model, seed=1)
     truth, budget = trial.truth(base, second, x), trial.budget(base, second, x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from harness.case import Case
-from harness.failure import Broken, fail
+from harness.failure import fail
 from harness.spec import spec
 from harness.specs.several import activate, same_as_base
 from harness.specs.state import keep_norms_in_eval
@@ -49,17 +49,22 @@ if TYPE_CHECKING:
         Case(specimen="stack", way="mixed"),
         Case(specimen="bare", dtype="bfloat16"),  # a bias may be added last, and round again
         Case(specimen="nf4"),
+        Case(way="lora_bias"),
     ),
     more_cases=(Case(specimen="tiny-gqa"),),
 )
 def disabled_equals_base(trial: Trial) -> None:
     """Judge outputs inside; outputs, trainability, modes and factors after."""
+    way = trial.case.way
+    if way == "lora_bias" and not trial.claims(way):
+        trial.notes.append(f"{way} is not claimed")
+        return
     base, x = trial.base(), trial.inputs()
     bare = trial.call(base, x)
-    way = trial.case.way
     # Where `eval()` merges, outputs are compared in train mode: dropout would make them random.
     steady = getattr(trial.adapter, "eval_merges", False) or not trial.claims("dropout")
-    model = trial.adapted(base, trial.config(lora_dropout=0.0) if steady else trial.config())
+    settings: dict[str, Any] = {"lora_dropout": 0.0} if steady else {}
+    model = trial.adapted(base, trial.config(lora_bias=way == "lora_bias", **settings))
     before, values = trial.call(model, x), trial.snapshot(model)
     if way == "train":
         model.train()
@@ -249,45 +254,6 @@ def _ask_the_base(trial: Trial, model: nn.Module, trained: Mapping[str, Tensor])
                 where=name,
             )
         trial.same_bits(now, gradient, f"gradient of {name} after `disable`")
-
-
-@spec(
-    "several/disabled-tells-of-biases",
-    claim="Inside `disable`, trained biases SHOULD not act; or it SHOULD be said that they do.",
-    why="A reference policy with the biases of what it is the reference for is silently another model.",
-    source=("BUGS 129", "https://github.com/huggingface/peft/pull/741"),
-    needs=("several/disabled-equals-base", "trainable/bias-modes"),
-    features=("disable",),
-    cases=(Case(way="all"), Case(way="lora_only")),
-)
-def disabled_tells_of_biases(trial: Trial) -> None:
-    """Judge outputs inside `disable` after one step of training the biases."""
-    import torch
-
-    from harness import specimen
-
-    if not trial.claims(trial.case.way):
-        trial.notes.append(f"bias {trial.case.way} is not claimed")
-        return
-    base, x = trial.base(), trial.inputs()
-    bare = trial.call(base, x)
-    model = trial.inject(base, trial.config(bias=trial.case.way))
-    model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    specimen.loss(model, x).backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    trial.unmerged(model)
-    inside: list[Tensor] = []
-    adapter: Any = trial.adapter
-
-    def use() -> None:
-        with adapter.disable(model):
-            inside.append(trial.call(model, x))
-
-    try:
-        trial.loud(use, expected="a warning that trained biases act inside `disable`")
-    except Broken:
-        same_as_base(trial, inside[0], bare, "outputs while disabled, or a warning that biases act")
 
 
 @spec(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
+from harness.specs.forward_training import gradients_of
 from harness.specs.several import DESIGN, activate
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ FIRST = "`save` writes the first adapter, while the second acts"
         Case(specimen="stack", way="names"),
         Case(specimen="stack", way="all-linear"),
         Case(specimen="stack", way="fewer"),
-        Case(way="rslora"),
+        *(Case(way=way) for way in ("rslora", "lora_bias", "lora_bias-first")),
     ),
     more_cases=(Case(specimen="tiny", way="all-linear"),),
 )
@@ -42,12 +43,13 @@ def other_settings(trial: Trial) -> None:
     """Judge which modules the second adapts, its scaling, and its outputs."""
     from harness import tolerance
 
-    if trial.case.way == "rslora" and not trial.claims("rslora"):
-        trial.notes.append("rslora is not claimed")
+    setting, _, first = trial.case.way.partition("-")
+    if setting in {"rslora", "lora_bias"} and not trial.claims(setting):
+        trial.notes.append(f"{setting} is not claimed")
         return
     base, x = trial.base(), trial.inputs()
     second = _second_config(trial)
-    model = trial.adapted(base)
+    model = trial.adapted(base, trial.config(lora_bias=first == "first"))
     alone = trial.call(model, x)
     adapter: Any = trial.adapter
     adapter.add(model, "second", second)
@@ -76,13 +78,17 @@ def other_settings(trial: Trial) -> None:
 
 
 def _second_config(trial: Trial) -> LoraConfig:
-    if trial.case.way == "rslora":
-        return trial.config(r=5, lora_alpha=2.0, use_rslora=True)
+    from harness import specimen
+
+    way = trial.case.way
+    if specimen.is_linear(trial.case):
+        settings = {"use_rslora": way == "rslora", "lora_bias": way == "lora_bias"}
+        return trial.config(r=5, lora_alpha=2.0, **settings)
     targets: Any = {
         "names": ("foo", "foobar", "weight_proj"),
         "all-linear": "all-linear",
         "fewer": ("v_proj",),
-    }[trial.case.way]
+    }[way]
     return trial.config(r=5, lora_alpha=2.0, target_modules=targets)
 
 
@@ -94,6 +100,26 @@ def number(value: float) -> Tensor:
 
 
 @spec(
+    "several/gradients-of-the-active",
+    claim="While a second adapter acts, its gradients MUST be those of the equation by its own settings.",
+    why="A backward pass that goes by the first adapter's scaling trains the second at another rate, and no "
+    "output shows it.",
+    source=(DESIGN, "BUGS 112"),
+    needs=("several/other-settings", "forward/gradients"),
+    features=("multi_adapter",),
+    cases=tuple(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused")),
+)
+def gradients_of_the_active(trial: Trial) -> None:
+    """Judge against float64."""
+    model = trial.adapted()
+    adapter: Any = trial.adapter
+    adapter.add(model, "second", trial.config(lora_alpha=3 * trial.case.alpha))
+    activate(trial, model, "second")
+    trial.randomize(model, seed=1)
+    gradients_of(trial, model)
+
+
+@spec(
     "several/dropout-of-its-own",
     claim="Each adapter MUST drop by the lora_dropout that it was made with, whatever is added beside it.",
     why="A run that goes on with another's dropout is regularised as nobody asked, and shows no sign of "
@@ -101,7 +127,10 @@ def number(value: float) -> Tensor:
     source=(DESIGN, "BUGS 117", "https://github.com/meta-pytorch/torchtune/issues/995"),
     needs=("several/switch", "forward/dropout-on-in-train", "forward/dropout-off-in-eval"),
     features=("multi_adapter", "dropout"),
-    cases=(Case(way="first-drops", dropout=0.5), Case(way="second-drops", dropout=0.5)),
+    cases=(
+        Case(way="first-drops", dropout=0.5),
+        *(Case(specimen=s, way="second-drops", dropout=0.5) for s in ("linear", "conv2d", "fused")),
+    ),
 )
 def dropout_of_its_own(trial: Trial) -> None:
     """One adapter drops and the other does not: judge both in train mode, before and after the other."""
@@ -186,7 +215,8 @@ def add_keeps_the_mode(trial: Trial) -> None:
 )
 def added_names_are_loud(trial: Trial) -> None:
     """Judge what is heard when a name of the second adapter means nothing."""
-    names = ("absent_proj",) if trial.case.way == "none-matches" else ("foo", "absent_proj")
+    # Names of their own: who warns once of each has said it of those that other specs ask for.
+    names = ("unknown_proj",) if trial.case.way == "none-matches" else ("foo", "wanting_proj")
     model = trial.adapted()
     adapter: Any = trial.adapter
 

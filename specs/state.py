@@ -240,7 +240,7 @@ def mode_calls_return_self(trial: Trial) -> None:
     needs=("forward/equals-oracle",),
     cases=tuple(
         Case(specimen=specimen, way=way)
-        for specimen in ("linear", "embedding")
+        for specimen in ("linear", "embedding", "fused")
         for way in ("deepcopy", "pickle")
     ),
 )

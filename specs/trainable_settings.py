@@ -31,6 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
     cases=(
         *(Case(specimen="shared", way=mode) for mode in ("none", "lora_only", "all")),
         *(Case(specimen="conv2d", way=mode) for mode in ("none", "lora_only", "all")),
+        Case(specimen="fused", way="lora_only"),
     ),
 )
 def bias_modes(trial: Trial) -> None:
@@ -55,7 +56,7 @@ def bias_modes(trial: Trial) -> None:
             parameter.copy_(torch.linspace(-2.0 - k, 3.0 + k, parameter.numel()))
     held = trial.adapter.state_dict(model)
     state = {key: t for key, t in held.items() if isinstance(t, torch.Tensor)}
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     for parameter in extra:
         if not any(_holds(saved, parameter) for saved in state.values()):
             fail(

@@ -171,7 +171,7 @@ def _silence(trial: Trial, model: nn.Module) -> None:
         "https://pytorch.org/docs/stable/notes/randomness.html",
     ),
     needs=("training/loss-goes-down", "initialization/seeded"),
-    cases=(Case(), Case(specimen="fused")),
+    cases=(Case(), Case(specimen="fused"), Case(specimen="conv2d")),
     more_cases=(Case(specimen="tiny"), Case(specimen="embedding")),
 )
 def deterministic(trial: Trial) -> None:
@@ -197,7 +197,9 @@ def deterministic(trial: Trial) -> None:
     "learning rates of the samples (5e-6) most of training vanishes.",
     source=("BUGS 107, 108", "https://github.com/huggingface/peft/pull/1706"),
     needs=("training/loss-goes-down", "trainable/dtype-stated"),
-    cases=(Case(dtype="bfloat16"),),
+    cases=tuple(
+        Case(specimen=s, dtype="bfloat16") for s in ("linear", "embedding", "conv2d", "fused")
+    ),
 )
 def small_steps_count(trial: Trial) -> None:
     """Judge one AdamW step a quarter of what bfloat16 resolves at the factors' size.

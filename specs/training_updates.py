@@ -55,7 +55,7 @@ def update_equivalence(trial: Trial) -> None:
     given = _given(trial)
     model = trial.adapted()
     before = trial.snapshot(model)
-    _step(model, given, trial.case.way)
+    step(model, given, trial.case.way)
 
     _follows(trial, model, before, given)
 
@@ -99,7 +99,7 @@ def checkpointing_same_update(trial: Trial) -> None:
             return
         model.gradient_checkpointing_enable(**settings)
     before = trial.snapshot(model)
-    _step(model, given, "accumulated" if order == "after" else "")
+    step(model, given, "accumulated" if order == "after" else "")
 
     _follows(trial, model, before, given)
 
@@ -137,7 +137,7 @@ def checkpointing_same_masks(trial: Trial) -> None:
         model = trial.adapted(base)
         before = trial.snapshot(model)
         seed_all(trial.case.seed)
-        losses.append(_step(model, given, ""))
+        losses.append(step(model, given, ""))
         ends.append(trial.snapshot(model))
     if losses[0] != losses[1]:
         trial.notes.append("with checkpointing, other masks are drawn from the same seed")
@@ -164,6 +164,7 @@ def checkpointing_same_masks(trial: Trial) -> None:
         Case(),
         Case(specimen="fused"),
         Case(specimen="embedding"),
+        Case(specimen="conv2d"),
     ),
     more_cases=(
         Case(specimen="tiny"),
@@ -181,7 +182,7 @@ def same_trajectory_as_reference(trial: Trial) -> None:
     given = _given(trial)
     model = trial.adapted()
     before = trial.snapshot(model)
-    losses = [_step(model, given, "", rate=SMALL_RATE) for _ in range(steps)]
+    losses = [step(model, given, "", rate=SMALL_RATE) for _ in range(steps)]
     after = trial.snapshot(model)
     # Rounding in the coarser of the base's and the factors' dtypes, with no implementation in the way.
     coarse = max(trial.dtype, trial.factor_dtype, key=tolerance.unit_roundoff)
@@ -214,10 +215,15 @@ def same_trajectory_as_reference(trial: Trial) -> None:
         "training/base-unchanged",
         "checkpoint/round-trip-bits",
     ),
-    cases=(Case(), Case(way="optimizer-first"), Case(specimen="fused")),
+    cases=(
+        Case(),
+        *(
+            Case(specimen=s, way="optimizer-first")
+            for s in ("linear", "embedding", "conv2d", "fused")
+        ),
+    ),
     more_cases=(
         Case(specimen="tiny"),
-        Case(specimen="embedding"),
         Case(specimen="tiny-gqa", way="optimizer-first"),
         Case(dtype="bfloat16"),
     ),
@@ -273,7 +279,7 @@ def _given(trial: Trial) -> Any:
     return given
 
 
-def _step(model: nn.Module, given: Any, way: str, *, rate: float = RATE) -> float:
+def step(model: nn.Module, given: Any, way: str, *, rate: float = RATE) -> float:
     """One SGD step on a batch, fed as asked; returns the loss before it."""
     import torch
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from contextlib import contextmanager
 
+import pytest
 import torch
 
 from harness import fresh, worker
@@ -93,3 +96,34 @@ def test_it_is_fresh_and_hashes_otherwise(tmp_path):
 
     assert int(there) != hash("lora")
     assert present == "False"
+
+
+SAID = []
+
+
+class WarnsOnce(Reference):
+    """Of biases that act inside `disable`, once a process."""
+
+    @contextmanager
+    def disable(self, model):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inside = super().disable(model)
+            inside.__enter__()
+        if not SAID:
+            SAID.append("the trained biases act")
+            warnings.warn(SAID[0], stacklevel=2)
+        try:
+            yield
+        finally:
+            inside.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_who_warns_once_a_process_is_heard_in_a_fresh_one(case):
+    """The warning may have been another spec's: it is silent here from the second case on."""
+    item = catalogue()["several/disabled-tells-of-biases"]
+    SAID.append("said to another spec")
+    broken, _, notes = worker.judge(WarnsOnce(), item, item.cases[case])
+
+    assert (broken, notes) == (None, [])

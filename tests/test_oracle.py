@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from harness import oracle, registry, specimen, tolerance
+from harness import oracle, registry, specimen, storage, tolerance
 from harness.adapter import Factors
 from harness.case import Case
+from harness.descent import Equation, mean_loss
 from harness.trial import Trial
 
 
@@ -55,25 +56,34 @@ def test_the_update_of_a_part_stays_in_its_rows() -> None:
     assert not update[[0, 3, 4, 5, 6, 7, 8]].any()
 
 
-@pytest.mark.parametrize("name", ["linear", "embedding", "conv2d", "dilated", "grouped", "fused"])
-def test_gradients_are_those_of_small_steps(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "lora_bias"),
+    [
+        *(
+            (name, False)
+            for name in ("linear", "embedding", "conv2d", "dilated", "grouped", "fused")
+        ),
+        *((name, True) for name in ("linear", "bare", "conv2d", "fused")),
+    ],
+)
+def test_gradients_are_those_of_small_steps(name: str, lora_bias: bool) -> None:
     """A central difference in float64, which shares nothing with autograd."""
     trial = Trial(registry.resolve("reference"), Case(specimen=name))
     base, x = trial.base(), trial.inputs()
     if not x.is_floating_point():
         x = x.masked_fill(x == 1, 2)  # autograd gives the padding index no gradient
-    factors = trial.snapshot(trial.adapted())
-    ((parts,), y) = factors.values(), trial.truth(base, factors, x)
+    factors = trial.snapshot(trial.adapted(config=trial.config(lora_bias=lora_bias)))
+    y = trial.truth(base, factors, x)
     c = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
     _, gradients = oracle.gradients(base, factors, x, c)
 
-    for matrix, gradient in zip((parts[0].A, parts[0].B), gradients, strict=False):
+    for factor, gradient in zip(storage.handles(factors), gradients, strict=True):
         k, h = int(gradient.abs().argmax()), 2.0**-10
         ends = []
         for step in (h, -h):
-            matrix.view(-1)[k] += step
+            factor.view(-1)[k] += step
             ends.append(float((trial.truth(base, factors, x) * c).sum()))
-            matrix.view(-1)[k] -= step
+            factor.view(-1)[k] -= step
         # The function is affine in one element, so the difference is exact but for rounding.
         found = (ends[0] - ends[1]) / (2 * h)
         assert found == pytest.approx(float(gradient.view(-1)[k]), rel=1e-9)
@@ -125,3 +135,15 @@ def test_the_base_given_is_left_as_it_was() -> None:
     oracle.merged(base, factors)
 
     assert all(torch.equal(kept[key], value) for key, value in base.state_dict().items())
+
+
+def test_what_trains_beside_the_factors_steps_as_in_the_base_itself() -> None:
+    """Where B is zero the adapted model is the base, whose own autograd says where its bias goes."""
+    trial = Trial(registry.resolve("reference"), Case())
+    base, x = trial.base().double(), trial.inputs().double()
+    equation = Equation(trial.base(), trial.snapshot(trial.inject()), besides=("proj.bias",))
+    equation.descend(x, lr=0.5)
+    mean_loss(base, x).backward()
+
+    expected = base.proj.bias - 0.5 * base.proj.bias.grad
+    assert equation.besides["proj.bias"].tolist() == pytest.approx(expected.tolist(), rel=1e-12)

@@ -1,8 +1,8 @@
-"""Adapters whose calls write to the base, that remember a dtype, or that add in place."""
+"""Adapters whose calls write to the base, that remember a dtype, add in place, or lose an argument."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -10,6 +10,7 @@ from harness.adapters.equation import Branch
 from harness.adapters.wrapped import Adapted
 from harness.faults.merge import with_branches, with_layer
 from harness.faults.record import fault
+from harness.faults.wrong import after_injection
 
 if TYPE_CHECKING:
     from harness.adapter import Adapter, LoraConfig
@@ -68,3 +69,20 @@ class AddsToTheBranch(Adapted):
 )
 def adds_in_place_to_its_own_output() -> Adapter:
     return with_layer(AddsToTheBranch)
+
+
+@fault(
+    sin="A wrapper hands on the arguments that it names, which positions are not among.",
+    killed_by="forward/called-like-the-base",
+    varies="a call at positions of the caller's",
+)
+def hands_on_what_it_names() -> Adapter:
+    """Packed conversations then go on where the one before ended."""
+    return after_injection(
+        lambda _, model: model.register_forward_pre_hook(_without_positions, with_kwargs=True)
+    )
+
+
+def _without_positions(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """At the top of the module, where pickle finds it."""
+    return args, {name: v for name, v in kwargs.items() if name != "position_ids"}

@@ -124,6 +124,38 @@ def drops_without_dividing_in_parts() -> Adapter:
     return _dropped_undivided(lambda branch: branch.rows is not None)
 
 
+def _dropped_at_a_tenth(fits: Any) -> Adapter:
+    """A reference whose branches that fit drop a tenth, whatever was asked."""
+
+    def mask(self: Any, x: Tensor, p: float) -> Tensor:
+        return functional.dropout(x, 0.1, self.training) if fits(self) else Branch.mask(self, x, p)
+
+    adapter: Adapter = wrong(branches=branches(mask=mask))
+    return adapter
+
+
+@fault(
+    sin="A convolution drops a tenth of its inputs, whatever was asked.",
+    killed_by=ON,
+    replays=("44",),
+    varies="the share of a convolution's inputs that are dropped",
+)
+def drops_a_tenth_in_a_convolution() -> Adapter:
+    """Unbiased, and afresh in each call."""
+    return _dropped_at_a_tenth(lambda branch: isinstance(branch, ConvBranch))
+
+
+@fault(
+    sin="A fused projection drops a tenth of its inputs, whatever was asked.",
+    killed_by=ON,
+    replays=("44",),
+    varies="the share of a fused projection's inputs that are dropped",
+)
+def drops_a_tenth_in_parts() -> Adapter:
+    """Unbiased, and afresh in each call."""
+    return _dropped_at_a_tenth(lambda branch: branch.rows is not None)
+
+
 @fault(
     sin="The first mask is kept for ever.",
     killed_by=ON,
