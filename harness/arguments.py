@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 def finetune(p: argparse.ArgumentParser) -> None:
     """The recipe, and where its run goes."""
-    p.add_argument(
-        "--recipe", default="quick", help="a recipe's name or a TOML file (default: quick)"
-    )
+    p.add_argument("--recipe", help="a recipe's name or a TOML file (default: quick)")
     p.add_argument(
         "--adapter",
         action="append",
@@ -50,7 +48,8 @@ def finetune(p: argparse.ArgumentParser) -> None:
         metavar="PROMPT",
         nargs="?",
         const="",
-        help="no training: answer a prompt with the model and, given --output, its adapter",
+        help="no training: answer a prompt with the model and, given --output or --from, with its adapter; "
+        "without PROMPT, the first of the evaluation data",
     )
     p.add_argument(
         "--from",
