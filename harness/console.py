@@ -53,4 +53,8 @@ def note(*notes: str) -> None:
 
 
 def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit() or cell in {"", "–"} or (cell[:1] in "-+<" and cell[1:2].isdigit())
+    return (
+        cell[:1].isdigit()
+        or cell in {"", "–"}
+        or (cell[:1] in "-+<" and cell[1:].lstrip()[:1].isdigit())
+    )

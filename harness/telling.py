@@ -118,11 +118,15 @@ def tell(verdict: Verdict) -> str:
         blocks.append(
             "Known failures\n"
             + "\n".join(
-                wrapped(f"{result.spec}: {note}", initial_indent="  ", subsequent_indent="    ")
+                wrapped(
+                    f"{result.spec}: {note.removeprefix('known: ')}",
+                    initial_indent="  ",
+                    subsequent_indent="    ",
+                )
                 for result in known
                 for note in result.notes
                 if note.startswith("known: ")
-            ).replace(": known: ", ": ")
+            )
         )
     not_run = [result for result in verdict.results if result.outcome == "not_run"]
     if not_run:
