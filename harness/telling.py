@@ -162,7 +162,10 @@ def header(verdict: Verdict) -> str:
     libraries = verdict.environment.get("libraries", {})
     versions = [f"{name} {libraries[name]['version']}" for name in LIBRARIES if libraries.get(name)]
     name = f"{verdict.adapter['name']} {verdict.adapter['version']}"
-    return f"{name}, {verdict.tier} tier, spec version {SPEC_VERSION}\n{' · '.join(versions)}"
+    # A narrow terminal parts no library from its version.
+    whole = (version.replace(" ", "\xa0") for version in versions)
+    told = wrapped(" · ".join(whole)).replace("\xa0", " ")
+    return f"{name}, {verdict.tier} tier, spec version {SPEC_VERSION}\n{told}"
 
 
 def families(results: Iterable[Result]) -> str:
