@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from harness.axes import axis, names, numbers, words
 from harness.case import SEEDS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def finetune(p: argparse.ArgumentParser) -> None:
     """The recipe, and where its run goes."""
     p.add_argument(
-        "--recipe", default="quick", help="a recipe's name or a TOML file (default: quick)"
+        "--recipe",
+        help="a TOML file, or quick, model-card, fine-training-script, lora-notebook or qlora-notebook "
+        "(default: quick)",
     )
     p.add_argument(
         "--adapter",
@@ -24,8 +23,16 @@ def finetune(p: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="implementation, repeatable (default: peft, then loralib)",
     )
-    p.add_argument("--model", help="tiny, mini-4k, ..., a directory or a hub id")
-    p.add_argument("--data", help="a JSON, JSONL or Parquet file of conversations, or a hub id")
+    p.add_argument(
+        "--model",
+        help="tiny, tiny-gqa, mini-4k, mini-128k, medium-4k, a directory or a hub id (default: the "
+        "recipe's)",
+    )
+    p.add_argument(
+        "--data",
+        help="conversations: shipped, a JSON, JSONL or Parquet file, a directory of train and eval files, "
+        "or a hub id (default: the recipe's)",
+    )
     p.add_argument(
         "--set",
         action="append",
@@ -34,10 +41,15 @@ def finetune(p: argparse.ArgumentParser) -> None:
         help="override a value of the recipe, repeatable",
     )
     p.add_argument(
-        "--output", type=Path, metavar="DIR", help="where adapter, log and checkpoints go"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where report, adapter, log and checkpoints go (default: reports/runs)",
     )
     p.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in --output"
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint of the run in --output, or else of the newest",
     )
     p.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
     p.add_argument(
@@ -50,7 +62,8 @@ def finetune(p: argparse.ArgumentParser) -> None:
         metavar="PROMPT",
         nargs="?",
         const="",
-        help="no training: answer a prompt with the model and, given --output, its adapter",
+        help="no training: answer a prompt with the model and, given --output or --from, with its adapter; "
+        "without PROMPT, the first of the evaluation data",
     )
     p.add_argument(
         "--from",
@@ -88,8 +101,12 @@ def check(p: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE,...",
         help="judge at this one case, as a failure record gives it",
     )
-    p.add_argument("--model", help="in the place of the Phi-3 specimens")
-    p.add_argument("--device", help="cpu or cuda")
+    p.add_argument(
+        "--model",
+        help="the Phi-3 that whole-model specs are judged on, in the place of tiny: a name such as "
+        "mini-4k, a directory or a hub id",
+    )
+    p.add_argument("--device", help="cpu or cuda (default: cpu)")
     p.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "float64"),
@@ -105,7 +122,7 @@ def check(p: argparse.ArgumentParser) -> None:
         "--known",
         type=Path,
         metavar="FILE",
-        help="known failures, instead of those that come with the harness",
+        help="TOML file of known failures, instead of those that come with the harness",
     )
     p.add_argument(
         "--explore",
@@ -143,18 +160,22 @@ def list_(p: argparse.ArgumentParser) -> None:
 def bench(p: argparse.ArgumentParser) -> None:
     """The grid, or the pair."""
     grid = p.add_argument_group("the grid, each a list separated by commas, or repeated")
-    _axis(grid, "--adapter", _words, ["reference", "peft", "loralib"])
-    _axis(grid, "--rank", _numbers, [8])
-    dtypes = _names("float32", "bfloat16", "float16", "nf4")
-    _axis(grid, "--dtype", dtypes, ["float32"], "of the base")
-    _axis(grid, "--model", _words, ["tiny"])
-    _axis(grid, "--batch", _numbers, [1])
-    _axis(grid, "--sequence", _numbers, [64])
-    _axis(grid, "--checkpointing", _names("off", "on"), ["off"])
+    axis(grid, "--adapter", words, ["reference", "peft", "loralib"], "implementations")
+    axis(grid, "--rank", numbers, [8], "r of the factors")
+    dtypes = names("float32", "bfloat16", "float16", "nf4")
+    axis(grid, "--dtype", dtypes, ["float32"], "of the base")
+    axis(grid, "--model", words, ["tiny"], "names, directories or hub ids")
+    axis(grid, "--batch", numbers, [1], "rows of a step")
+    axis(grid, "--sequence", numbers, [64], "tokens of a row")
+    axis(grid, "--checkpointing", names("off", "on"), ["off"], "of gradients")
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    p.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
-    p.add_argument("--repeats", type=int, default=10, help="samples of each time (default: 10)")
-    p.add_argument("--budget", metavar="SIZE", help="memory a cell may take of the card")
+    p.add_argument("--threads", type=int, default=1, metavar="N", help="of the CPU (default: 1)")
+    p.add_argument(
+        "--repeats", type=int, default=10, metavar="N", help="samples of each time (default: 10)"
+    )
+    p.add_argument(
+        "--budget", metavar="SIZE", help="memory a cell may take of the card, such as 8GiB"
+    )
     p.add_argument(
         "--limit",
         type=_seconds,
@@ -166,9 +187,9 @@ def bench(p: argparse.ArgumentParser) -> None:
     pair = p.add_argument_group("a pair, timed in alternation until the question is answered")
     pair.add_argument("--against", metavar="ADAPTER", help="time this one against --adapter")
     pair.add_argument("--aa", action="store_true", help="one side against itself: the noise now")
-    pair.add_argument("--python", help="interpreter of the first side")
-    pair.add_argument("--against-python", help="interpreter of the second side")
-    pair.add_argument("--seconds", type=float, default=45.0, help="at most (default: 45)")
+    pair.add_argument("--python", metavar="PATH", help="interpreter of the first side")
+    pair.add_argument("--against-python", metavar="PATH", help="interpreter of the second side")
+    pair.add_argument("--seconds", type=float, default=45.0, help="how long at most (default: 45)")
     pair.add_argument(
         "--margin",
         type=float,
@@ -182,39 +203,22 @@ def bench(p: argparse.ArgumentParser) -> None:
 def plan(p: argparse.ArgumentParser) -> None:
     """The budget and the grid."""
     p.add_argument("--budget", required=True, metavar="SIZE", help="memory to fit, such as 8GiB")
-    p.add_argument("--model", default="mini-4k", help="(default: mini-4k)")
+    p.add_argument(
+        "--model",
+        default="mini-4k",
+        help="tiny, tiny-gqa, mini-4k, mini-128k or medium-4k (default: mini-4k)",
+    )
     p.add_argument("--adapter", default="peft", help="any implementation (default: peft)")
     p.add_argument(
         "--target", type=int, metavar="TOKENS", help="tokens an optimizer step is to see"
     )
-    _axis(p, "--rank", _numbers, [16])
-    _axis(p, "--dtype", _names("float32", "bfloat16", "float16"), ["bfloat16"])
-    _axis(p, "--batch", _numbers, [1, 4])
-    _axis(p, "--sequence", _numbers, [512, 2048])
-    _axis(p, "--checkpointing", _names("off", "on"), ["off", "on"])
-    _axis(p, "--quantization", _names("none", "nf4"), ["none", "nf4"])
+    axis(p, "--rank", numbers, [16], "r of the factors")
+    axis(p, "--dtype", names("float32", "bfloat16", "float16"), ["bfloat16"], "of the base")
+    axis(p, "--batch", numbers, [1, 4], "rows of a step")
+    axis(p, "--sequence", numbers, [512, 2048], "tokens of a row")
+    axis(p, "--checkpointing", names("off", "on"), ["off", "on"], "of gradients")
+    axis(p, "--quantization", names("none", "nf4"), ["none", "nf4"], "of the base")
     _json(p)
-
-
-class _Gather(argparse.Action):
-    """A list that grows each time its option is given; the first takes the default's place."""
-
-    def __call__(self, _parser: Any, namespace: Any, values: Any, _option: Any = None) -> None:
-        held = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if held is self.default else [*held, *values])
-
-
-def _axis(
-    p: argparse._ActionsContainer,
-    option: str,
-    parse: Callable[[str], list[Any]],
-    default: list[Any],
-    what: str = "",
-) -> None:
-    """An axis of a grid: a list separated by commas, or repeated."""
-    told = f"{what} (default: {','.join(map(str, default))})".lstrip()
-    metavar = "N,..." if parse is _numbers else "NAME,..."
-    p.add_argument(option, action=_Gather, type=parse, default=default, metavar=metavar, help=told)
 
 
 def _seed(text: str) -> int:
@@ -240,32 +244,6 @@ def _seconds(text: str) -> float:
 
 LONGEST = 1e6
 """Seconds, eleven days."""
-
-
-def _words(text: str) -> list[str]:
-    """Words, separated by commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    """Whole numbers above zero, separated by commas."""
-    numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",") if part]
-    if any(number < 1 for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 4,8,16")
-    return numbers
-
-
-def _names(*known: str) -> Callable[[str], list[str]]:
-    """Some of the names known, separated by commas."""
-
-    def parse(text: str) -> list[str]:
-        names = _words(text)
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
-        return names
-
-    return parse
 
 
 def matrix(p: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harness import phi3
+from harness import dialect, phi3
 from harness.errors import UsageError, first_line
 
 if TYPE_CHECKING:
@@ -34,6 +34,20 @@ def device(settings: Mapping[str, Any]) -> str:
     if asked != "auto":
         return asked
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def hold_to(budget: int | None, where: str) -> None:
+    """Take no more of the card than that many bytes. Raises UsageError on a CPU, which has no limit."""
+    from harness.measure import clock
+
+    if not budget:
+        return
+    if not where.startswith("cuda"):
+        raise UsageError(
+            "--budget: limits a GPU's memory, and this run is on the CPU; lora-harness plan "
+            "tells what fits"
+        )
+    clock.limit_gpu(budget, where)
 
 
 def load(settings: Mapping[str, Any]) -> Phi3ForCausalLM:
@@ -85,12 +99,12 @@ def _quantized(
         ),
     )
     try:
-        with phi3.quietly():
+        with dialect.quietly():
             model, told = Phi3ForCausalLM.from_pretrained(
                 source,
                 quantization_config=quantization,
                 device_map={"": options["device"]},
-                dtype=getattr(torch, options["dtype"]),
+                **{dialect.dtype_argument(): getattr(torch, options["dtype"])},
                 attn_implementation=options["attn_implementation"],
                 output_loading_info=True,
             )

@@ -1,17 +1,19 @@
-"""A case: one point at which a spec is judged, with a text form that reproduces it."""
+"""A case: one point at which a spec is judged, with a text form that reproduces it; and those of a run."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.adapter import Capabilities
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from harness.spec import Spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,3 +169,43 @@ LAYER_SPECIMENS = frozenset(
     }
 )
 """The specimens made for the specs; any other name is a model's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """The points at which a spec is judged in this run."""
+
+    only: Case | None
+    model: str | None
+    device: str | None
+    dtype: str | None
+    tier: str
+    seed: int = 0
+
+    @property
+    def own(self) -> bool:
+        """Whether they are the spec's own, but for the seed."""
+        return self.only is None and not (self.model or self.device or self.dtype)
+
+    def of(self, item: Spec) -> list[Case]:
+        """The cases of one spec."""
+        if self.only is not None:
+            return [self.only]
+        every = self.tier == "full" or self.dtype is not None
+        found: dict[Case, None] = {}
+        for case in (*item.cases, *(item.more_cases if every else ())):
+            changes: dict[str, Any] = {}
+            is_model = case.specimen not in LAYER_SPECIMENS
+            if self.model and is_model:
+                changes["specimen"] = self.model
+            if self.device:
+                changes["device"] = self.device
+            if self.seed:
+                changes["seed"] = case.seed + self.seed
+            if self.dtype and case.dtype != self.dtype:
+                # What holds in one dtype need not in another; a model is judged by its own rounding.
+                if not (self.model and is_model):
+                    continue
+                changes["dtype"] = self.dtype
+            found[case.with_(**changes)] = None
+        return list(found)

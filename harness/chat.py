@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
     from harness.conversations import Message, Split
 
-BATCH = 1000
-"""How many conversations are put into tokens at a time where only their lengths are wanted."""
-
 _END = ("<|endoftext|>", "<|end|>")
 
 
@@ -143,24 +140,6 @@ def check_vocabulary(own: PreTrainedTokenizerFast, size: int) -> None:
         )
 
 
-def check_window(data: Dataset, own: PreTrainedTokenizerFast, max_length: int) -> int:
-    """How many conversations are longer than `max_length` tokens, and so are cut.
-
-    Raises:
-        UsageError: every one is.
-    """
-    lengths: list[int] = []
-    for batch in data.iter(BATCH):  # the tokens of a whole large set would be tens of gigabytes
-        coded = own.apply_chat_template(batch["messages"], return_dict=True)["input_ids"]
-        lengths += map(len, coded)
-    if min(lengths) > max_length:
-        raise UsageError(
-            f"data: every example is longer than the window of {max_length} tokens, the shortest "
-            f"is {min(lengths)}; raise max_length or give shorter conversations"
-        )
-    return sum(length > max_length for length in lengths)
-
-
 def prompts(data: Dataset) -> tuple[list[list[Message]], list[str]]:
     """Each conversation up to its last turn of the assistant's, and that turn, which is expected."""
     asked, expected = [], []
@@ -183,6 +162,11 @@ def replies(
     found = exchanges(model, own, conversations, max_new_tokens, batch_size=batch_size)
     texts = own.batch_decode([one.said for one in found], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def reply(model: nn.Module, own: PreTrainedTokenizerFast, prompt: str, max_new_tokens: int) -> str:
+    """The greedy reply to one prompt."""
+    return replies(model, own, [[{"role": "user", "content": prompt}]], max_new_tokens)[0]
 
 
 def exchanges(

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 EXIT_CODES = """\
-exit codes: 0 holds · 1 does not hold (a failed MUST, a worse row) · 2 wrong usage or unreadable input ·
-3 incomplete, incomparable or inconclusive where a decision was asked for"""
+exit codes: 0 holds · 1 does not hold (a failed MUST, a worse row) ·
+2 wrong usage or unreadable input · 3 incomplete, incomparable or inconclusive
+where a decision was asked for"""
 
 INTERRUPTED, UNREAD = 130, 141
 """What a shell expects of a command that Ctrl-C ended, or a closed pipe: 128 + SIGINT, 128 + SIGPIPE."""
@@ -143,7 +144,14 @@ def parser() -> argparse.ArgumentParser:
     )
     for name, command in _COMMANDS.items():
         told = f"{command.help[0].upper()}{command.help[1:]}."
-        command.arguments(commands.add_parser(name, help=command.help, description=told))
+        one = commands.add_parser(
+            name,
+            help=command.help,
+            description=told,
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.arguments(one)
     return top
 
 

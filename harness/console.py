@@ -46,5 +46,15 @@ def wrapped(text: str, *, initial_indent: str = "", subsequent_indent: str = "")
     )
 
 
+def note(*notes: str) -> None:
+    """Print notes on a run."""
+    for one in notes:
+        print(wrapped(f"note: {one}", initial_indent="  ", subsequent_indent="    "), flush=True)
+
+
 def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit() or cell in {"", "–"} or (cell[:1] in "-+<" and cell[1:2].isdigit())
+    return (
+        cell[:1].isdigit()
+        or cell in {"", "–"}
+        or (cell[:1] in "-+<" and cell[1:].lstrip()[:1].isdigit())
+    )

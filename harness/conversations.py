@@ -119,11 +119,10 @@ def hub_rows(name: str, split: Split) -> list[tuple[str, Any]]:
     from datasets import get_dataset_split_names, load_dataset
 
     try:
-        hub.check_reachable()
-        with hub.quietly():
-            there = get_dataset_split_names(name)
+        with hub.data(name) as kept, hub.quietly():
+            there = get_dataset_split_names(kept)
             wanted = next((known for known in SPELLINGS[split] if known in there), None)
-            rows = load_dataset(name, split=wanted) if wanted else []
+            rows = load_dataset(kept, split=wanted) if wanted else []
     except Exception as error:
         raise UsageError(
             f"data {name}: no such file, and the hub did not give it ({first_line(error)}); go "

@@ -11,20 +11,20 @@ import itertools
 import json
 import sys
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import process, run_folder
+from harness import inference, process, run_folder
 from harness import recipe as recipes
 from harness.console import table, terminal_width, wrapped
 from harness.errors import UsageError
 from harness.measure.memory import parse_bytes
-from harness.registry import names
+from harness.registry import check_known
 from harness.report.schema import read
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
+    from pathlib import Path
 
     from harness.recipe import Recipe
     from harness.run_folder import RunFolder
@@ -49,16 +49,16 @@ def command(args: argparse.Namespace) -> int:
             raise UsageError(f"--{option}: is empty; name one, or leave it out")
         if value is not None:
             overrides.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
-    recipe = recipes.load(args.recipe, overrides)
+    if args.generate is not None:
+        return inference.command(args, overrides)
+    recipe = recipes.load(args.recipe or recipes.NAMES[0], overrides)
     budget = parse_bytes(args.budget) if args.budget else None
     if args.resume and args.overwrite:
         raise UsageError("--resume and --overwrite: one goes on, the other starts afresh; give one")
     adapters = list(dict.fromkeys(args.adapter or _able(recipe)))
     for adapter in adapters:
-        _known(adapter)
+        check_known(adapter)
     start = getattr(args, "start", None)
-    if args.generate is not None:
-        return _generate(args, recipe, adapters, start)
     model = str(recipe.model["name"])
     folders = [
         run_folder.place(
@@ -261,14 +261,6 @@ def _able(recipe: Recipe) -> tuple[str, ...]:
     return ("peft",)
 
 
-def _known(adapter: str) -> None:
-    """Raise UsageError early on a name that nobody knows, without importing what it names."""
-    if ":" not in adapter and adapter not in names():
-        from harness.registry import resolve
-
-        resolve(adapter)
-
-
 def _same(folder: RunFolder, recipe: Recipe, adapter: str) -> None:
     """Raise UsageError where the run to go on with had another implementation, model, shape or loss."""
     asked = folder.asked()
@@ -287,37 +279,6 @@ def _same(folder: RunFolder, recipe: Recipe, adapter: str) -> None:
                 f"--resume: {folder.path} was made with {name} = {was!r}, not {wanted!r}; "
                 "resume with the same recipe, or start afresh"
             )
-
-
-def _generate(
-    args: argparse.Namespace, recipe: Recipe, adapters: list[str], start: Path | None
-) -> int:
-    """Answer one prompt, in a process of its own: with the base, and with an adapter where one is given."""
-    import tempfile
-
-    asked = recipe.as_dict()
-    adapter = adapters[0]
-    if start is None and args.output:
-        folder = run_folder.place(
-            adapter, str(recipe.model["name"]), output=args.output, resume=True, overwrite=False
-        )
-        asked, start = folder.asked()["recipe"], folder.path
-    with tempfile.TemporaryDirectory() as scratch:
-        request = Path(scratch) / "request.json"
-        request.write_text(
-            json.dumps(
-                {
-                    "adapter": adapter,
-                    "recipe": asked,
-                    "start": None if start is None else str(start),
-                    "prompt": args.generate,
-                    "partial": args.allow_partial_targets,
-                    "folder": scratch,
-                }
-            ),
-            encoding="utf-8",
-        )
-        return _process("harness.inference", request)
 
 
 def _beside(path: Path, adapter: str) -> Path:

@@ -16,12 +16,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from functools import lru_cache
 from importlib import import_module
 from itertools import count
 
 from harness.failure import NotRun
+from harness.process import python
 
 LIMIT = 50
 """Seconds a child may take: less than a spec may, so that a hang is told for what it is."""
@@ -90,7 +90,7 @@ def _server(parent: int) -> subprocess.Popen[str]:
     """One for each process, forked copies too; it ends when its input does, or this process."""
     seed = HASH_SEEDS[os.environ.get("PYTHONHASHSEED") == HASH_SEEDS[0]]
     process = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {_START}"],
+        python("from harness import fresh; fresh.serve()"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -111,9 +111,6 @@ def _end(process: subprocess.Popen[str], parent: int) -> None:
             with contextlib.suppress(OSError):  # what was not written yet has no reader
                 assert pipe is not None
                 pipe.close()
-
-
-_START = "from harness import fresh; fresh.serve()"
 
 
 def serve() -> None:

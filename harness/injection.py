@@ -25,6 +25,37 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from harness.adapter import Adapter, LoraConfig
+    from harness.recipe import Recipe
+
+
+def check_claims(adapter: Adapter, recipe: Recipe) -> None:
+    """Raise UsageError where the recipe asks for what the implementation does not claim."""
+    able, asked = adapter.capabilities, recipe.peft_config
+    wanted = {
+        "quantized_base": recipe.model["load_in_4bit"],
+        "rslora": asked["use_rslora"],
+        "lora_bias": asked["lora_bias"],
+        "modules_to_save": asked["modules_to_save"],
+        "dropout": asked["lora_dropout"],
+    }
+    for feature, on in wanted.items():
+        if on and feature not in able.features:
+            raise UsageError(
+                f"adapter {adapter.name}: does not claim {feature}, which the recipe asks for; "
+                "choose another --adapter, or --set the recipe without it"
+            )
+    if asked.get("enable_lora") and "fused_linear" not in able.layers:
+        raise UsageError(
+            f"adapter {adapter.name}: does not claim fused_linear, which peft_config.enable_lora asks "
+            "for; choose another --adapter, or leave enable_lora out"
+        )
+    if asked["bias"] not in able.bias:
+        raise UsageError(f"adapter {adapter.name}: does not claim bias={asked['bias']!r}")
+    if recipe.model["dtype"] not in able.dtypes:
+        raise UsageError(
+            f"adapter {adapter.name}: does not claim a {recipe.model['dtype']} base; "
+            f"--set model.dtype={min(able.dtypes)}"
+        )
 
 
 def fitted(base: nn.Module, config: LoraConfig, *, partial: bool) -> tuple[LoraConfig, list[str]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.adapter import Capabilities
-from harness.case import LAYER_SPECIMENS, Case
+from harness.case import Case, Points
 from harness.errors import UsageError
 from harness.failure import Failure
 from harness.reach import kind_of, reach
@@ -67,46 +67,6 @@ class Result:
             "failures": [failure.as_dict() for failure in self.failures],
             "margins": [{"case": case, "used": used} for case, used in self.margins.items()],
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Points:
-    """The points at which a spec is judged in this run."""
-
-    only: Case | None
-    model: str | None
-    device: str | None
-    dtype: str | None
-    tier: str
-    seed: int = 0
-
-    @property
-    def own(self) -> bool:
-        """Whether they are the spec's own, but for the seed."""
-        return self.only is None and not (self.model or self.device or self.dtype)
-
-    def of(self, item: Spec) -> list[Case]:
-        """The cases of one spec."""
-        if self.only is not None:
-            return [self.only]
-        every = self.tier == "full" or self.dtype is not None
-        found: dict[Case, None] = {}
-        for case in (*item.cases, *(item.more_cases if every else ())):
-            changes: dict[str, Any] = {}
-            is_model = case.specimen not in LAYER_SPECIMENS
-            if self.model and is_model:
-                changes["specimen"] = self.model
-            if self.device:
-                changes["device"] = self.device
-            if self.seed:
-                changes["seed"] = case.seed + self.seed
-            if self.dtype and case.dtype != self.dtype:
-                # What holds in one dtype need not in another; a model is judged by its own rounding.
-                if not (self.model and is_model):
-                    continue
-                changes["dtype"] = self.dtype
-            found[case.with_(**changes)] = None
-        return list(found)
 
 
 class Judge:

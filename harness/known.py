@@ -71,9 +71,13 @@ def load(path: Path | str) -> list[Known]:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"known failures {path}: {error.strerror or error}") from None
+        raise UsageError(
+            f"known failures {path}: {error.strerror or error}; give a TOML file of [[known]] entries"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"known failures {path.name}: {error}") from None
+        raise UsageError(
+            f"known failures {path.name}: not TOML: {error}; every entry starts with [[known]]"
+        ) from None
     if set(data) - {"known"} or not isinstance(data.get("known", []), list):
         raise UsageError(f"known failures {path.name}: every entry starts with [[known]]")
     entries = []

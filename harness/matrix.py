@@ -82,16 +82,14 @@ def command(args: argparse.Namespace) -> int:
     if run[:1] == ["--"]:
         run = run[1:]
     if not run or run[0] not in RUNS:
-        raise UsageError(
-            f"matrix: after -- comes the command to run in each leg, one of {', '.join(RUNS)}"
-        )
+        raise UsageError(f"after -- comes the command to run in each leg, one of {', '.join(RUNS)}")
     if any(len(word) > 2 and "--json".startswith(word.partition("=")[0]) for word in run):
         raise UsageError(
-            "matrix: --json after -- would be one file for all legs; give it before --, and it holds each"
+            "--json after -- would be one file for all legs; give it before --, and it holds each"
         )
     wanted = [_requirements(leg) for leg in args.leg]
     if len(wanted) < 2:
-        raise UsageError("matrix: give at least two legs, such as --leg here --leg peft==0.8.2")
+        raise UsageError("give at least two legs, such as --leg here --leg peft==0.8.2")
     folder = args.environments or kept()
     _require_folder(folder)
     from harness.report.schema import Recorder
@@ -139,11 +137,16 @@ def _show(legs: Sequence[Leg]) -> None:
 def _requirements(leg: str) -> tuple[str, ...]:
     """The requirements of one `--leg`; a comma in a range of versions or among extras parts nothing."""
     try:
-        return tuple(shlex.split(_BETWEEN.sub(" ", leg)))
+        words = tuple(shlex.split(_BETWEEN.sub(" ", leg)))
     except ValueError as error:
-        raise UsageError(
-            f"--leg {leg!r}: {str(error).lower()}; give it as --leg 'peft==0.13.2,transformers==4.46.1'"
-        ) from None
+        said = str(error).lower()
+    else:
+        if words:
+            return words
+        said = "is empty"
+    raise UsageError(
+        f"--leg {leg!r}: {said}; give it as --leg 'peft==0.13.2,transformers==4.46.1', or --leg here"
+    )
 
 
 def _require_folder(folder: Path) -> None:

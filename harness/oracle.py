@@ -16,6 +16,7 @@ from torch import nn
 
 from harness import clone, storage
 from harness.adapter import Factors
+from harness.failure import fail
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -78,6 +79,33 @@ def weight_of(module: nn.Module) -> Tensor:
 
         return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
     return weight
+
+
+def check_shape(name: str, module: nn.Module, f: Factors) -> None:
+    """Raise `Broken` where a factor pair cannot be the update of that module's weight."""
+    A, B = tuple(f.A.shape), tuple(f.B.shape)
+    size = torch.Size(getattr(module, "weight_shape", None) or weight_of(module).shape)
+    if isinstance(module, nn.Embedding):
+        fits = A[1:] == (size[0],) and B[:1] == (size[1],)
+        wanted = f"A (r, {size[0]}) and B ({size[1]}, r)"
+    elif isinstance(module, nn.Conv2d):
+        fits = len(A) == len(B) == 2 and A[1] * B[0] == size.numel()
+        wanted = f"A (r, n) and B (m, r), m·n = {size.numel()},"
+    else:
+        rows = size[0]
+        if isinstance(f.rows, slice):
+            rows = len(range(*f.rows.indices(size[0])))
+        elif f.rows is not None:
+            rows = int(f.rows.sum()) if f.rows.dtype == torch.bool else f.rows.numel()
+        fits = A[1:] == (size[1],) and B[:1] == (rows,)
+        wanted = f"A (r, {size[1]}) and B ({rows}, r)"
+    if not fits or len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+        fail(
+            "value",
+            expected=f"{wanted} for a weight {tuple(size)}",
+            actual=f"A {A}, B {B}, rows {f.rows}",
+            where=name,
+        )
 
 
 def dense(base: nn.Module) -> nn.Module:

@@ -18,18 +18,17 @@ from __future__ import annotations
 
 import difflib
 import json
-from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import hub
+from harness import dialect, hub
 from harness.errors import UsageError, first_line
 from harness.settings import ATTENTION, DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
@@ -57,9 +56,9 @@ def config(name: str) -> Phi3Config:
     path = Path(str(files("harness"))) / "data" / "configs" / f"{name}.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     scaling = settings["rope_scaling"]
-    if scaling is not None and _transformers() < (4, 42):
+    if scaling is not None and dialect.version() < (4, 42):
         scaling["type"] = "su"  # longrope's name before transformers 4.42
-    with quietly():
+    with dialect.quietly():
         return Phi3Config(**settings)
 
 
@@ -95,7 +94,7 @@ def load(
             architecture that is not Phi3ForCausalLM; a hub id that cannot be reached.
     """
     _check_settings(dtype, attn_implementation)
-    _mask_in_double()
+    dialect.mask_in_double()
     name = str(name_or_path)
     if name in NAMES and name != "tiny":
         return untrained(
@@ -134,8 +133,8 @@ def untrained(
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []), where:
         model: Phi3ForCausalLM = AutoModelForCausalLM.from_config(
             settings,
-            attn_implementation=_attention(attn_implementation),
-            **{_dtype_argument(): getattr(torch, dtype)},
+            attn_implementation=dialect.attention(attn_implementation),
+            **{dialect.dtype_argument(): getattr(torch, dtype)},
         )
     generator = torch.Generator(where).manual_seed(seed)
     for _, parameter in sorted(model.named_parameters()):
@@ -153,14 +152,14 @@ def _pretrained(
     from transformers import Phi3ForCausalLM
 
     where = _device(device)
-    options: dict[str, Any] = {_dtype_argument(): getattr(torch, dtype)}
+    options: dict[str, Any] = {dialect.dtype_argument(): getattr(torch, dtype)}
     if where.type != "cpu":
         options["device_map"] = {"": str(where)}
     try:
-        with quietly():
+        with dialect.quietly():
             model, told = Phi3ForCausalLM.from_pretrained(
                 place,
-                attn_implementation=_attention(attn_implementation),
+                attn_implementation=dialect.attention(attn_implementation),
                 use_cache=use_cache,
                 output_loading_info=True,
                 **options,
@@ -219,7 +218,7 @@ def source(name: str, *, weights: bool = True) -> str:
     from huggingface_hub import hf_hub_download
 
     try:
-        if not hub.cached(name, "config.json", kind="model"):
+        if not hub.cached(name, "config.json"):
             hub.check_reachable()
         with hub.quietly():
             downloaded = hf_hub_download(name, "config.json")
@@ -286,63 +285,3 @@ def _device(name: str) -> torch.device:
             f"device {name!r}: this machine or this torch {torch.__version__} has none; use cpu"
         ) from error
     return where
-
-
-def _transformers() -> tuple[int, int]:
-    import transformers
-
-    major, minor = transformers.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
-def _attention(wanted: str) -> str:
-    """What is wanted; eager for sdpa where this transformers' Phi-3 has none, as 4.41's."""
-    from transformers import Phi3ForCausalLM
-
-    has = getattr(Phi3ForCausalLM, "_supports_sdpa", False)
-    return "eager" if wanted == "sdpa" and not has else wanted
-
-
-def _dtype_argument() -> str:
-    """`dtype` since transformers 4.56, `torch_dtype` before."""
-    return "dtype" if _transformers() >= (4, 56) else "torch_dtype"
-
-
-def _mask_in_double() -> None:
-    """Let Phi-3 be evaluated in float64, in which the truth is computed, on transformers before 4.43.
-
-    Those fill the causal mask in torch's default dtype, where float64's least number overflows. From
-    float32's it is as good: what is masked has weight zero.
-    """
-    if _transformers() >= (4, 43):
-        return
-    import torch
-    from transformers.modeling_attn_mask_utils import AttentionMaskConverter
-
-    theirs: Any = AttentionMaskConverter._make_causal_mask  # noqa: SLF001  # nothing public makes it
-    if getattr(theirs, "in_double", False):
-        return
-
-    def mask(shape: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> torch.Tensor:
-        narrow = torch.float32 if dtype == torch.float64 else dtype
-        made: torch.Tensor = theirs(shape, narrow, *args, **kwargs).to(dtype)
-        return made
-
-    mask.in_double = True  # type: ignore[attr-defined]  # so that it is not wrapped twice
-    AttentionMaskConverter._make_causal_mask = staticmethod(mask)  # noqa: SLF001  # likewise
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without transformers' progress bars and load reports, which are told as errors instead."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

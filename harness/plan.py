@@ -215,7 +215,7 @@ def _record(report: Any, found: Planned, adapter: Adapter, model: str) -> None:
 def _show(
     found: Sequence[Planned], model: str, adapter: Adapter, budget: int, target: int | None
 ) -> None:
-    from harness.console import table
+    from harness.console import table, wrapped
 
     one = found[0]
     print(
@@ -241,7 +241,7 @@ def _show(
             [*_cells(p, budget, target)[:8], advice(p, found, budget, adapter)] for p in missed[:5]
         )
         print(table(rows, [*headers[:7], "too much", "change to"]))
-    print(f"\n{NOTE}")
+    print("\n" + wrapped(NOTE))
 
 
 def _cells(found: Planned, budget: int, target: int | None) -> list[object]:

@@ -27,11 +27,18 @@ _HEED = (
 )
 
 
-def _command(module: str, request: Path, first: str = "") -> list[str]:
-    # It sees what this process sees; a folder called harness that happens to lie here is none.
+def python(code: str, *arguments: str) -> list[str]:
+    """The command that runs some code of ours in an interpreter that sees what this process sees.
+
+    A folder called harness that happens to lie here is none of ours: neither `-c` nor an empty entry
+    of this process's path lets it in.
+    """
     path = f"import sys; sys.path[:] = {[p for p in sys.path if p]!r}; "
-    main = f"from {module} import main; sys.exit(main(sys.argv[1]))"
-    return [sys.executable, "-P", "-c", path + first + main, str(request)]
+    return [sys.executable, "-P", "-c", path + code, *arguments]
+
+
+def _command(module: str, request: Path, first: str = "") -> list[str]:
+    return python(f"{first}from {module} import main; sys.exit(main(sys.argv[1]))", str(request))
 
 
 def run(module: str, request: Path) -> int:

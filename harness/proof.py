@@ -4,8 +4,8 @@
     2  the checkpoint holds the LoRA tensors, all of them, none empty, and nothing else
     3  pretrained checkpoint, then adapter checkpoint, into a new model in a fresh process:
        the logits bit for bit (`harness.reload`)
-    4  merged and unmerged agree, in logits within the derived budget, in greedy replies exactly but
-       for ties (`harness.replies`)
+    4  merged and unmerged agree, in logits within the derived budget (`harness.merging`), in greedy
+       replies exactly but for ties (`harness.replies`)
     5  the loss went down (`harness.losses`), and the base is bit for bit as it was
 
 Source: the guide "Fine-tune Phi-3 with LoRA", steps 3, 4, 5 and 8; arXiv 2106.09685, section 4.1.
@@ -13,7 +13,6 @@ Source: the guide "Fine-tune Phi-3 with LoRA", steps 3, 4, 5 and 8; arXiv 2106.0
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,10 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from torch import Tensor
-
     from harness.adapter import Adapter, Factors, LoraConfig
-    from harness.folded import Folded
 
 SOURCE = 'the guide "Fine-tune Phi-3 with LoRA"'
 
@@ -254,105 +250,6 @@ def checkpoint_is_whole(
         f"{want:,}; 0 empty, 0 base",
         why,
     )
-
-
-def reloaded(found: Mapping[str, Any]) -> list[Proof]:
-    """Property 3, from what the fresh process found."""
-    claims = {
-        "two-stage-load": "two-stage load in a new process",
-        "reload-same-logits": "the same: logits, bit for bit",
-    }
-    if error := found.get("error"):
-        return [judged(s, c, False, "–", "it loads", str(error)) for s, c in claims.items()]
-    spec, claim = next(iter(claims.items()))
-    keys = (
-        unjudged(spec, claim, str(found["skipped"]), "not_claimed")
-        if found.get("skipped")
-        else judged(
-            spec,
-            claim,
-            not found["unexpected"]
-            and not found["missing_wrong"]
-            and not found["unwritten"]
-            and not found["disturbed"],
-            f"{len(found['unexpected'])} unexpected, {len(found['missing_wrong'])} missing",
-            "0, 0 but the other part",
-            f"unexpected {found['unexpected'][:2]}, wrongly missing {found['missing_wrong'][:2]}, "
-            f"left unwritten {found['unwritten'][:2]}, base disturbed {found['disturbed'][:2]}",
-        )
-    )
-    logits = judged(
-        "reload-same-logits",
-        claims["reload-same-logits"],
-        found["different"] == 0,
-        f"{found['different']:,} of {found['compared']:,} differ",
-        "0",
-    )
-    return [keys, logits]
-
-
-STANDS_OUT = 10
-"""How many times the budget the adapter's effect on the logits must be, for them alone to prove a merge."""
-
-
-def merged_agrees(
-    *,
-    folded: Folded,
-    unmerged: Tensor,
-    merged: Tensor,
-    truth: Tensor,
-    noise: Tensor,
-    base: Tensor,
-    dtype: torch.dtype,
-) -> Proof:
-    """Property 4: every weight is W + ΔW, and merged and unmerged logits are those of W + ΔW in float64.
-
-    Args:
-        folded: what merging did to the weights.
-        unmerged: logits of the trained model, `(n, vocab)` over the tokens that are not padding.
-        merged: the same after merging.
-        truth: of W + ΔW by the defining equation, in float64.
-        noise: of that same model in `dtype`, less the truth.
-        base: the truth without ΔW: where no weight can be read, the adapter's effect must stand out
-            of the budget, or agreement would prove nothing.
-        dtype: of the model.
-    """
-    budget = tolerance.model(noise, truth, dtype)
-    apart, _ = tolerance.margin(merged, truth, budget)
-    before, _ = tolerance.margin(unmerged, truth, budget)
-    effect = float((truth - base).abs().max())
-    claim = "merged and unmerged: the logits"
-    measured = f"{apart.measured:.1e} and {before.measured:.1e} off"
-    allowed = f"{float(budget):.1e} of {effect:.1e}"
-    why = merge_sin(folded, unmerged, merged)
-    if not why and not math.isfinite(float(budget) + effect):
-        reason = "the true logits are not finite, and nothing can be compared with them; lower "
-        reason += "training_config.learning_rate, or use a model.dtype of a wider range"
-        return unjudged("merged-same-logits", claim, reason, "not_run")
-    if why or not (apart.used <= 1 and before.used <= 1):
-        return judged("merged-same-logits", claim, False, measured, allowed, why)
-    by_weight = 0 if folded.hidden else len(folded.right)
-    if effect < STANDS_OUT * float(budget) and by_weight < folded.modules:
-        return unjudged(
-            "merged-same-logits",
-            claim,
-            f"vacuous: the adapter's effect {effect:.1e} is under {STANDS_OUT} times the budget "
-            f"{float(budget):.1e}, and a weight that shows it was read in {by_weight} of "
-            f"{folded.modules} modules; judged where a run learns more, or in a finer model.dtype",
-            "not_run",
-        )
-    return judged("merged-same-logits", claim, True, measured, allowed)
-
-
-def merge_sin(folded: Folded, unmerged: Tensor, merged: Tensor) -> str:
-    """What the weights say against a merge; empty where nothing."""
-    if folded.wrong:
-        return f"not W + ΔW in {len(folded.wrong)} modules: {folded.wrong[:3]}"
-    if folded.idle and not folded.hidden:
-        return f"merge left out {len(folded.idle)} modules: {folded.idle[:3]}"
-    if folded.idle and torch.equal(unmerged, merged):
-        return "merge did nothing: no weight and no bit of the logits changed"
-    return ""
 
 
 def base_unchanged(before: Mapping[str, str], model: nn.Module) -> Proof:

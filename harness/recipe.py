@@ -112,9 +112,7 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
             raise UsageError(f"recipe {name_or_path}: {title} must be a table, written [{title}]")
         for key, value in table.items():
             merged[section][_key(section, key, notes)] = value
-    for override in overrides:
-        section, key, value = _override(override, notes)
-        merged[section][key] = value
+    notes += _overridden(merged, overrides)
     _check(merged)
     model = merged["model"]["name"]
     if name_or_path == NAMES[0] and model not in {"tiny", "tiny-gqa"}:
@@ -129,13 +127,14 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def restored(tables: Mapping[str, Any]) -> Recipe:
-    """The recipe that `as_dict` was taken of. Raises UsageError where it is not one."""
+def restored(tables: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that `as_dict` was taken of, with overrides. Raises UsageError where it is not one."""
     merged: dict[Section, dict[str, Any]] = {
         name: dict(DEFAULTS[name] | tables.get(name, {})) for name in SECTIONS
     }
+    notes = _overridden(merged, overrides)
     _check(merged)
-    return _made(str(tables.get("name", "")), merged)
+    return _made(str(tables.get("name", "")), merged, tuple(notes))
 
 
 def _made(name: str, tables: dict[Section, dict[str, Any]], notes: tuple[str, ...] = ()) -> Recipe:
@@ -205,6 +204,15 @@ def _key(section: Section, key: str, notes: list[str]) -> str:
     raise UsageError(
         f"{section}.{key}: unknown key{hint or '; known are ' + ', '.join(KEYS[section])}"
     )
+
+
+def _overridden(merged: dict[Section, dict[str, Any]], overrides: Sequence[str]) -> list[str]:
+    """Put the values of `section.key=value` in their places; returns notes on the names."""
+    notes: list[str] = []
+    for override in overrides:
+        section, key, value = _override(override, notes)
+        merged[section][key] = value
+    return notes
 
 
 def _override(text: str, notes: list[str]) -> tuple[Section, str, Any]:

@@ -44,6 +44,11 @@ def names() -> list[str]:
     return sorted({*BUILT_IN, *_entry_points()})
 
 
+def check_known(spec: str) -> None:
+    """Raise UsageError on a name that nobody knows; nothing of an implementation is imported."""
+    _factory(spec)
+
+
 def resolve(spec: str) -> Adapter:
     """The adapter that `spec` names, made and checked.
 

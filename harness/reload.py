@@ -19,9 +19,14 @@ import torch
 
 from harness import base, checkpoint, injection, library_log
 from harness.errors import UsageError
+from harness.proof import judged, unjudged
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
+
+    from harness.proof import Proof
 
 PROBE = "probe.safetensors"
 FOUND = "reload.json"
@@ -72,6 +77,41 @@ def reload(request: dict[str, Any]) -> dict[str, Any]:
     found["different"] = int((logits.view(width) != kept["logits"].view(width)).sum())
     found["compared"] = logits.numel()
     return found
+
+
+def prove(found: Mapping[str, Any]) -> list[Proof]:
+    """Property 3, from what the fresh process found."""
+    claims = {
+        "two-stage-load": "two-stage load in a new process",
+        "reload-same-logits": "the same: logits, bit for bit",
+    }
+    if error := found.get("error"):
+        return [judged(s, c, False, "–", "it loads", str(error)) for s, c in claims.items()]
+    spec, claim = next(iter(claims.items()))
+    keys = (
+        unjudged(spec, claim, str(found["skipped"]), "not_claimed")
+        if found.get("skipped")
+        else judged(
+            spec,
+            claim,
+            not found["unexpected"]
+            and not found["missing_wrong"]
+            and not found["unwritten"]
+            and not found["disturbed"],
+            f"{len(found['unexpected'])} unexpected, {len(found['missing_wrong'])} missing",
+            "0, 0 but the other part",
+            f"unexpected {found['unexpected'][:2]}, wrongly missing {found['missing_wrong'][:2]}, "
+            f"left unwritten {found['unwritten'][:2]}, base disturbed {found['disturbed'][:2]}",
+        )
+    )
+    logits = judged(
+        "reload-same-logits",
+        claims["reload-same-logits"],
+        found["different"] == 0,
+        f"{found['different']:,} of {found['compared']:,} differ",
+        "0",
+    )
+    return [keys, logits]
 
 
 def _two_stages(

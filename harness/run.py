@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import library_log, process
+from harness.console import note
 from harness.errors import UsageError, first_line
 from harness.run_folder import RunFolder, clear
 
@@ -111,7 +112,7 @@ def _kept(folder: RunFolder, run: list[Run]) -> str:
 
 def _run(request: dict[str, Any], folder: RunFolder, held: list[Run]) -> int:
     from harness import environment
-    from harness.training import Run, tell
+    from harness.training import Run
 
     run = Run(request)
     held.append(run)
@@ -125,7 +126,7 @@ def _run(request: dict[str, Any], folder: RunFolder, held: list[Run]) -> int:
         f"parameters beside {parameters:,}",
         flush=True,
     )
-    tell(run.notes)
+    note(*run.notes)
     with _recorder(request)(
         folder.report,
         kind="finetune",
@@ -159,6 +160,8 @@ def _run(request: dict[str, Any], folder: RunFolder, held: list[Run]) -> int:
 
 def _judged(run: Run, record: Recorder, fresh: list[subprocess.Popen[bytes]]) -> list[Proof]:
     """Train and prove, each proof recorded as it comes; `fresh` takes the process of property 3."""
+    from harness import merging
+
     answers = {"before": run.answers()}
     run.inject()
     proofs = run.fit()
@@ -170,7 +173,7 @@ def _judged(run: Run, record: Recorder, fresh: list[subprocess.Popen[bytes]]) ->
         fresh.append(_reloading(run))
     answers["after"] = run.answers()
     record.set("answers", answers)
-    _add(record, more := run.merged(ids, mask, logits))
+    _add(record, more := merging.prove(run, ids, mask, logits))
     proofs += more
     record.set("notes", run.notes)
     if not fresh:
@@ -226,7 +229,7 @@ def _reloading(run: Run) -> subprocess.Popen[bytes]:
 
 
 def _reloaded(run: Run, fresh: subprocess.Popen[bytes]) -> list[Proof]:
-    from harness import proof, reload
+    from harness import reload
 
     code = fresh.wait()
     path = run.folder.path / reload.FOUND
@@ -236,7 +239,7 @@ def _reloaded(run: Run, fresh: subprocess.Popen[bytes]) -> list[Proof]:
         found = {"error": f"the fresh process ended with {code}; see library.log"}
     for name in (reload.PROBE, reload.FOUND, "reload-request.json"):
         (run.folder.path / name).unlink(missing_ok=True)
-    return proof.reloaded(found)
+    return reload.prove(found)
 
 
 if __name__ == "__main__":

@@ -166,6 +166,35 @@ def place(
     return folder
 
 
+def held(output: Path, *, adapter: str | None, model: str | None) -> RunFolder:
+    """The run under `--output` of that implementation and model, where they are named.
+
+    Raises UsageError where there is none, and where there are several.
+    """
+    try:
+        runs = [RunFolder(path=one.parent) for one in sorted(output.glob("*/run.json"))]
+    except OSError as error:  # a name that no disk takes
+        raise UsageError(
+            f"--output {str(output)[:60]}…: {error.strerror}; check the path"
+        ) from error
+    of = f" of {adapter}" if adapter else ""
+    on = f" on {model}" if model else ""
+    found = {}
+    for run in runs:
+        asked = run.asked()
+        mine = adapter in {None, asked.get("adapter")}
+        if mine and model in {None, asked["recipe"]["model"].get("name")}:
+            found[run.path.name] = run
+    if not found:
+        there = f"; it holds {', '.join(run.path.name for run in runs)}" if runs else ""
+        raise UsageError(f"--output {output}: holds no run{of}{on}{there}")
+    if len(found) > 1:
+        raise UsageError(
+            f"--output {output}: holds {', '.join(found)}; name one with --adapter or --model"
+        )
+    return next(iter(found.values()))
+
+
 def clear(folder: RunFolder) -> None:
     """Remove what a run wrote, and nothing else."""
     _move(folder, None)

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
 from harness import registry
 from harness.errors import UsageError
-from harness.process import ending, last_words
+from harness.process import ending, last_words, python
 from harness.report.words import plain
 
 if TYPE_CHECKING:
@@ -34,10 +34,6 @@ AT_WORK = 0.02
 
 AT_ONCE = 1.0
 """Seconds within which an answer most often comes."""
-
-
-_WORK = "import sys; sys.path[:] = {path!r}; from harness import worker; sys.exit(worker.main({name!r}))"
-"""A worker sees what this process sees; a folder called harness that happens to lie here is none."""
 
 
 class _Process(Protocol):
@@ -58,12 +54,7 @@ class Spawned:
     def __init__(self, adapter: str) -> None:
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-c",
-                _WORK.format(path=[p for p in sys.path if p], name=adapter),
-            ],
+            python(f"from harness import worker; sys.exit(worker.main({adapter!r}))"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

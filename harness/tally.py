@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from harness.case import Points
 from harness.errors import UsageError
 from harness.failure import Failure
-from harness.judge import Judge, Points, Result
+from harness.judge import Judge, Result
 from harness.report.words import OUTCOMES, plain
 from harness.session import Session
 from harness.verdict import Verdict, summary

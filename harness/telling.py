@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from harness.case import Case
 from harness.console import table, wrapped
-from harness.errors import UsageError
 from harness.report.words import CLAIMS
 from harness.spec import SPEC_VERSION, catalogue, select
 
@@ -37,15 +36,7 @@ def check_command(args: argparse.Namespace) -> int:
     from harness.report.schema import Recorder
     from harness.verdict import check
 
-    if args.limit <= 0:
-        raise UsageError("--limit: seconds must be more than 0")
     case = None if args.case is None else Case.parse(args.case)
-    if case is not None and len(select(args.only)) != 1:
-        raise UsageError("--case: name the one spec to judge with --only ID")
-    if case is not None and (args.model or args.device or args.dtype or args.seed):
-        raise UsageError(
-            "--case: it is one whole point; leave out --model, --device, --dtype and --seed"
-        )
     live = sys.stdout.isatty()
     # What was asked stands before anything is judged: a killed run is compared by it.
     asked = {
@@ -127,11 +118,15 @@ def tell(verdict: Verdict) -> str:
         blocks.append(
             "Known failures\n"
             + "\n".join(
-                wrapped(f"{result.spec}: {note}", initial_indent="  ", subsequent_indent="    ")
+                wrapped(
+                    f"{result.spec}: {note.removeprefix('known: ')}",
+                    initial_indent="  ",
+                    subsequent_indent="    ",
+                )
                 for result in known
                 for note in result.notes
                 if note.startswith("known: ")
-            ).replace(": known: ", ": ")
+            )
         )
     not_run = [result for result in verdict.results if result.outcome == "not_run"]
     if not_run:
@@ -167,7 +162,10 @@ def header(verdict: Verdict) -> str:
     libraries = verdict.environment.get("libraries", {})
     versions = [f"{name} {libraries[name]['version']}" for name in LIBRARIES if libraries.get(name)]
     name = f"{verdict.adapter['name']} {verdict.adapter['version']}"
-    return f"{name}, {verdict.tier} tier, spec version {SPEC_VERSION}\n{' · '.join(versions)}"
+    # A narrow terminal parts no library from its version.
+    whole = (version.replace(" ", "\xa0") for version in versions)
+    told = wrapped(" · ".join(whole)).replace("\xa0", " ")
+    return f"{name}, {verdict.tier} tier, spec version {SPEC_VERSION}\n{told}"
 
 
 def families(results: Iterable[Result]) -> str:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from harness import recipe as recipes
 from harness import run_folder
-from harness.console import wrapped
+from harness.console import note
 from harness.errors import UsageError, first_line
 from harness.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from torch import Tensor, nn
 
@@ -36,9 +36,6 @@ PROBED, PROBED_TOKENS = 4, 64
 SAME = "the data is one conversation, which is trained on as well: give more, or a directory of two files"
 """Why an evaluation loss cannot be judged."""
 
-COMPARED_REPLIES = 16
-"""How many greedy replies are compared between the merged and the unmerged model."""
-
 
 class Run:
     """What one run holds while it lasts."""
@@ -47,8 +44,7 @@ class Run:
         """Load the base and put LoRA in. Raises UsageError on what does not fit."""
         import torch
 
-        from harness import base, chat, checkpoint, folded, injection, proof, registry
-        from harness.measure import clock
+        from harness import base, chat, checkpoint, folded, injection, proof, registry, window
 
         self.request = request
         self.here = Path.cwd()  # an implementation may change directory
@@ -57,14 +53,8 @@ class Run:
         self.adapter: Adapter = registry.resolve(request["adapter"])
         settings = self.recipe.model
         self.device = base.device(settings)
-        _claims(self.adapter, self.recipe)
-        if request["budget"]:
-            if not self.device.startswith("cuda"):
-                raise UsageError(
-                    "--budget: limits a GPU's memory, and this run is on the CPU; lora-harness plan "
-                    "tells what fits"
-                )
-            clock.limit_gpu(int(request["budget"]), self.device)
+        injection.check_claims(self.adapter, self.recipe)
+        base.hold_to(request["budget"], self.device)
         self.seed = int(self.recipe.training_config["seed"])
         torch.manual_seed(self.seed)
         self.base = base.load(settings)
@@ -73,8 +63,9 @@ class Run:
         chat.check_vocabulary(self.tokenizer, self.base.config.vocab_size)
         self.train, self.eval, said = chat.splits(self.recipe.data["name"])
         self.alike = self.train is self.eval
-        if window := self.recipe.training_config.get("max_length"):
-            chat.check_window(self.train, self.tokenizer, window)
+        self.lengths = window.lengths(self.train, self.tokenizer)
+        if size := self.recipe.training_config.get("max_length"):
+            window.check(self.lengths, size)
         self.config: LoraConfig
         self.config, self.notes = injection.fitted(
             self.base, self.recipe.lora_config(), partial=bool(request["partial"])
@@ -147,7 +138,7 @@ class Run:
     def _note(self, *notes: str) -> None:
         """Note what is known only now, when the others have been told."""
         self.notes += notes
-        tell(notes)
+        note(*notes)
 
     def _heard(self, state: Any) -> None:
         """Keep up with the trainer: called whenever it logs."""
@@ -170,10 +161,8 @@ class Run:
         before = after = None
         trainer = self._trainer(append=last is not None)
         evaluates = self.recipe.training_config.get("do_eval", True)
-        window = self.recipe.training_config.get("max_length")
-        _left(trainer.train_dataset, "train", window)
+        self._heed_window(trainer, evaluates=evaluates)
         if evaluates:
-            _left(trainer.eval_dataset, "evaluate", window)
             before = _eval_loss(trainer) if last is None else self._first_eval()
         with checkpoint.told(self.folder.path):
             try:
@@ -193,6 +182,17 @@ class Run:
             last_step = trainer.state.global_step
             after = told[last_step] if last_step in told else _eval_loss(trainer)
         return trainer, before, after
+
+    def _heed_window(self, trainer: Any, *, evaluates: bool) -> None:
+        """Note what the window cuts. Raises UsageError where that leaves nothing to learn from."""
+        from harness import window
+
+        rows = len(trainer.train_dataset)
+        self._note(*window.told(self.lengths, rows, window.of(trainer.args), "train"))
+        if evaluates:
+            rows, lengths = len(trainer.eval_dataset), window.lengths(self.eval, self.tokenizer)
+            same = window.of(trainer.args, evaluating=True)
+            self._note(*window.told(lengths, rows, same, "evaluate"))
 
     def _last(self) -> Path | None:
         """The checkpoint to go on from. Raises UsageError on one that is damaged."""
@@ -282,76 +282,6 @@ class Run:
         save_file({"ids": ids, "mask": mask, "logits": logits}, self.folder.path / reload.PROBE)
         return ids, mask, logits
 
-    def merged(self, ids: Tensor, mask: Tensor, unmerged: Tensor) -> list[Proof]:
-        """Property 4: the truth first, since merging is not asked to be undone."""
-        from harness import folded, injection, proof, replies, tolerance
-        from harness.reload import probe
-        from harness.truth import truth
-
-        claims = {
-            "merged-same-logits": "merged and unmerged: the logits",
-            replies.CLAIM[0]: replies.CLAIM[1],
-        }
-        reason = ""
-        if "merge" not in self.adapter.capabilities.features:
-            reason = f"{self.adapter.name} does not claim merge"
-        elif self.quantized:
-            reason = "merging into 4-bit weights rounds to 4 bits: no budget is derived for that"
-        elif self.config.modules_to_save or self.config.lora_bias or self.config.bias != "none":
-            reason = "not judged with modules_to_save or trained biases; lora-harness check does"
-        if reason:
-            return [proof.unjudged(claim, claims[claim], reason, "not_claimed") for claim in claims]
-        dtype = unmerged.dtype
-        found = truth(
-            self.model,
-            self.adapter.factors(self.model),
-            self.marks,
-            ids,
-            mask,
-            config=self.base.config,
-            dtype=dtype,
-        )
-        budget = float(tolerance.model(found.noise[mask.bool()], found.trained[mask.bool()], dtype))
-        before = self.exchanges(COMPARED_REPLIES)
-        near = [replies.likeliest(self.model, one, budget) for one in before]
-        kept = folded.before(self.model, self.adapter, self.marks, self.shells)
-        dtypes = folded.coarsest(self.adapter, self.model)
-        injection.release(self.model)
-        self.adapter.merge(self.model)  # type: ignore[attr-defined]  # claimed: the feature brings it
-        self.model.eval()
-        logits = probe(self.model, ids, mask).cpu()
-        real = mask.bool()
-        weights = folded.after(self.model, self.adapter, kept, dtypes)
-        if len(weights.unseen) == weights.modules or weights.hidden:
-            self.notes.append(
-                f"{self.adapter.name} shows no merged weight: merging is judged by the logits alone"
-            )
-        if proof.merge_sin(weights, unmerged[real], logits[real]):
-            reason = "blocked: what was compared is not a merged model"
-            answers = proof.unjudged(*replies.CLAIM, reason, "not_run")
-        elif not self.moved:
-            answers = proof.unjudged(*replies.CLAIM, proof.STILL, "not_run")
-        else:
-            answers = replies.same_replies(
-                before,
-                self.exchanges(COMPARED_REPLIES),
-                budget,
-                near,
-                lambda one: replies.likeliest(self.model, one, budget),
-            )
-        return [
-            proof.merged_agrees(
-                folded=weights,
-                unmerged=unmerged[real],
-                merged=logits[real],
-                truth=found.trained[real],
-                noise=found.noise[real],
-                base=found.base[real],
-                dtype=dtype,
-            ),
-            answers,
-        ]
-
     def exchanges(self, count: int) -> list[Exchange]:
         """Greedy replies to the first conversations of the evaluation split."""
         from harness import chat
@@ -370,7 +300,7 @@ class Run:
         asked, expected = chat.prompts(rows)
         said = chat.replies(self.model, self.tokenizer, asked, int(data["max_new_tokens"]))
         prompt = data.get("prompt") or asked[0][-1]["content"]
-        first = reply(self.model, self.tokenizer, prompt, int(data["max_new_tokens"]))
+        first = chat.reply(self.model, self.tokenizer, prompt, int(data["max_new_tokens"]))
         return {
             "prompt": prompt,
             "reply": first if data.get("prompt") else said[0],
@@ -390,29 +320,6 @@ class Run:
         torch.cuda.empty_cache()
 
 
-def tell(notes: Iterable[str]) -> None:
-    """Print notes on a run."""
-    for note in notes:
-        told = wrapped(f"note: {note}", initial_indent="  ", subsequent_indent="    ")
-        print(told, flush=True)
-
-
-def reply(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
-    """The greedy reply to one prompt."""
-    from harness import chat
-
-    return chat.replies(model, tokenizer, [[{"role": "user", "content": prompt}]], tokens)[0]
-
-
-def _left(data: Any, verb: str, window: int | None) -> None:
-    """Raise UsageError where the trainer has dropped all: what it cut left no word to learn from."""
-    if not len(data):
-        raise UsageError(
-            f"data: no conversation to {verb} on has a word of the assistant's within the window of "
-            f"{window} tokens; raise training_config.max_length, or give shorter ones"
-        )
-
-
 def _eval_loss(trainer: Any) -> float:
     return float(trainer.evaluate()["eval_loss"])
 
@@ -420,33 +327,3 @@ def _eval_loss(trainer: Any) -> float:
 def _step(folder: Path) -> int:
     """The step of a checkpoint, from its name."""
     return int(folder.name.rpartition("-")[2])
-
-
-def _claims(adapter: Adapter, recipe: Recipe) -> None:
-    """Raise UsageError where the recipe asks for what the implementation does not claim."""
-    able, asked = adapter.capabilities, recipe.peft_config
-    wanted = {
-        "quantized_base": recipe.model["load_in_4bit"],
-        "rslora": asked["use_rslora"],
-        "lora_bias": asked["lora_bias"],
-        "modules_to_save": asked["modules_to_save"],
-        "dropout": asked["lora_dropout"],
-    }
-    for feature, on in wanted.items():
-        if on and feature not in able.features:
-            raise UsageError(
-                f"adapter {adapter.name}: does not claim {feature}, which the recipe asks for; "
-                "choose another --adapter, or --set the recipe without it"
-            )
-    if asked.get("enable_lora") and "fused_linear" not in able.layers:
-        raise UsageError(
-            f"adapter {adapter.name}: does not claim fused_linear, which peft_config.enable_lora asks "
-            "for; choose another --adapter, or leave enable_lora out"
-        )
-    if asked["bias"] not in able.bias:
-        raise UsageError(f"adapter {adapter.name}: does not claim bias={asked['bias']!r}")
-    if recipe.model["dtype"] not in able.dtypes:
-        raise UsageError(
-            f"adapter {adapter.name}: does not claim a {recipe.model['dtype']} base; "
-            f"--set model.dtype={min(able.dtypes)}"
-        )

@@ -155,7 +155,7 @@ class Trial:
             if not parts:
                 fail("names", expected="Factors of each adapted part", actual="none", where=name)
             for f in parts:
-                _check_shape(name, modules[name], f)
+                oracle.check_shape(name, modules[name], f)
         self._factor_dtype = self._factor_dtype or _coarsest(found)
         return found
 
@@ -334,30 +334,3 @@ def _cast(given: Any, dtype: torch.dtype) -> Any:
     if isinstance(given, dict) or not given.is_floating_point():
         return given
     return given.to(dtype)
-
-
-def _check_shape(name: str, module: nn.Module, f: Factors) -> None:
-    """Raise `Broken` where a factor pair cannot be the update of that module's weight."""
-    A, B = tuple(f.A.shape), tuple(f.B.shape)
-    size = torch.Size(getattr(module, "weight_shape", None) or oracle.weight_of(module).shape)
-    if isinstance(module, torch.nn.Embedding):
-        fits = A[1:] == (size[0],) and B[:1] == (size[1],)
-        wanted = f"A (r, {size[0]}) and B ({size[1]}, r)"
-    elif isinstance(module, torch.nn.Conv2d):
-        fits = len(A) == len(B) == 2 and A[1] * B[0] == size.numel()
-        wanted = f"A (r, n) and B (m, r), m·n = {size.numel()},"
-    else:
-        rows = size[0]
-        if isinstance(f.rows, slice):
-            rows = len(range(*f.rows.indices(size[0])))
-        elif f.rows is not None:
-            rows = int(f.rows.sum()) if f.rows.dtype == torch.bool else f.rows.numel()
-        fits = A[1:] == (size[1],) and B[:1] == (rows,)
-        wanted = f"A (r, {size[1]}) and B ({rows}, r)"
-    if not fits or len(A) != 2 or len(B) != 2 or A[0] != B[1]:
-        fail(
-            "value",
-            expected=f"{wanted} for a weight {tuple(size)}",
-            actual=f"A {A}, B {B}, rows {f.rows}",
-            where=name,
-        )

@@ -17,16 +17,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness import known as known_failures
 from harness import lanes
-from harness.judge import LIMIT, Judge, Points, Result
+from harness.adapter import Capabilities
+from harness.case import SEEDS, Points
+from harness.errors import UsageError
+from harness.judge import LIMIT, Judge, Result
 from harness.session import Session
 from harness.spec import SPEC_VERSION, Tier, catalogue, select
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from harness.adapter import Adapter
     from harness.case import Case
+    from harness.spec import Spec
 
 Word = Literal["CONFORMS", "CONFORMS BUT FOR KNOWN FAILURES", "DOES NOT CONFORM", "INCOMPLETE"]
 
@@ -120,11 +124,13 @@ def check(
         progress: called with each result as it arrives.
 
     Raises:
-        UsageError: the adapter cannot be had, or a name matches no spec.
+        UsageError: the adapter cannot be had, a name matches no spec, or what is asked does not go together.
     """
     from harness import environment
 
     specs = select(only, tier)
+    _check_asked(specs, case, whole=not (model or device or dtype or seed))
+    _check_ranges(dtype, seed, limit)
     # Not where a second process weighs more than it saves: a few specs, a large model, one card.
     in_two = not (only or case or model or tier == "smoke" or (device or "cpu") != "cpu")
     with Session(adapter) as session, Session(adapter) as second:
@@ -170,6 +176,27 @@ def check(
         environment=surroundings,
         tier=tier,
     )
+
+
+def _check_asked(specs: Mapping[str, Spec], case: Case | None, *, whole: bool) -> None:
+    """Raise UsageError where a case is not given by itself: it is one whole point of one spec."""
+    if case is not None and len(specs) != 1:
+        raise UsageError("--case: name the one spec to judge with --only ID")
+    if case is not None and not whole:
+        raise UsageError(
+            "--case: it is one whole point; leave out --model, --device, --dtype and --seed"
+        )
+
+
+def _check_ranges(dtype: str | None, seed: int, limit: float) -> None:
+    """Raise UsageError on a value that means nothing, which the command line has refused already."""
+    dtypes = Capabilities.KNOWN["dtypes"]
+    if dtype is not None and dtype not in dtypes:
+        raise UsageError(f"--dtype {dtype}: no such dtype; give one of {', '.join(dtypes)}")
+    if not 0 <= seed < SEEDS:
+        raise UsageError(f"--seed {seed}: must be from 0 to {SEEDS - 1}")
+    if not limit > 0:
+        raise UsageError(f"--limit: seconds must be more than 0, not {limit}")
 
 
 WITHIN = {"quantized_base": "quantized_base in 8 bits"}

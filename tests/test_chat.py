@@ -294,41 +294,10 @@ def test_a_hub_set_out_of_reach_is_told(monkeypatch):
     monkeypatch.setattr(hub, "check_reachable", offline)
 
     with pytest.raises(
-        UsageError, match=r"data no/where: .*\(the hub cannot be reached\); go online"
+        UsageError,
+        match=r"data no/where: .*\(the hub cannot be reached, and nothing of it is kept on this machine\); go online",
     ):
         chat.dataset("no/where")
-
-
-def test_examples_longer_than_the_window_are_counted_and_all_of_them_are_told(own, shipped):
-    """Some too long are counted; all too long cannot be trained on."""
-    longest = max(
-        len(ids)
-        for ids in own.apply_chat_template(shipped["eval"]["messages"][:], return_dict=True)[
-            "input_ids"
-        ]
-    )
-
-    assert chat.check_window(shipped["eval"], own, longest) == 0
-    assert 0 < chat.check_window(shipped["eval"], own, longest - 1) < len(shipped["eval"])
-    with pytest.raises(UsageError, match=r"every example is longer than the window of 8 tokens"):
-        chat.check_window(shipped["eval"], own, 8)
-
-
-def test_lengths_are_counted_a_batch_at_a_time(own, shipped, monkeypatch):
-    """No more tokens are held at once than a batch's, and none of the conversations is left out."""
-    real, asked = own.apply_chat_template, []
-
-    def counted(messages, **given):
-        asked.append(len(messages))
-        return real(messages, **given)
-
-    monkeypatch.setattr(own, "apply_chat_template", counted)
-    monkeypatch.setattr(chat, "BATCH", 10)
-    data = shipped["eval"].select(range(25))
-
-    chat.check_window(data, own, 1000)
-
-    assert asked == [10, 10, 5]
 
 
 def test_replies_leave_the_model_and_the_tokenizer_as_they_were(own):

@@ -168,6 +168,8 @@ def test_gradient_checkpointing_changes_no_loss(fit, plain, adapter, override):
 
 def test_a_single_step_of_warmup_blames_nobody(fit):
     """Its rate is 0: B stays zero, and no loss moves."""
+    from harness import merging
+
     _, proofs, one = fit("reference", "training_config.max_steps=1", "training_config.do_eval=true")
 
     outcomes = {p.spec.partition("/")[2]: p.outcome for p in proofs.values()}
@@ -176,7 +178,7 @@ def test_a_single_step_of_warmup_blames_nobody(fit):
     assert set(outcomes.values()) == {"passed", "not_run"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own
-        assert {p.outcome for p in one.merged(*one.probe())} == {"not_run"}
+        assert {p.outcome for p in merging.prove(one, *one.probe())} == {"not_run"}
 
 
 def test_evaluating_leaves_a_merging_implementation_unmerged(fit):

@@ -335,6 +335,34 @@ def test_partial_targets_go_on_when_told_to(said, tmp_path):
     assert report["results"][0]["measured"].endswith("in 12 modules")
 
 
+def test_what_the_window_cuts_is_told(said, tmp_path):
+    """Both splits, on the terminal and in the report; what is cut to its question alone is left out."""
+    wordy = row(
+        ("user", "How is the Owl painted?"), ("assistant", "Blue, and then again blue. " * 20)
+    )
+    rows = [LONG, wordy, *[GOOD] * 7, wordy]
+
+    code, errors = said(
+        *data("some.jsonl", "\n".join(rows)),
+        *("--set", "training_config.do_eval=true"),
+        *("--set", "training_config.per_device_train_batch_size=2"),
+    )
+
+    notes = json.loads((tmp_path / "out" / "peft-tiny.json").read_text("utf-8"))["notes"]
+    assert (code, errors) != (2, "")
+    assert [note for note in notes if "window" in note] == [
+        (
+            "data: 2 of 9 conversations to train on are longer than the window of 64 tokens "
+            "(training_config.max_length) and are cut there; 1 has no word of the assistant's left and is "
+            "left out"
+        ),
+        (
+            "data: 1 of 1 conversations to evaluate on is longer than the window of 64 tokens "
+            "(training_config.max_length) and is cut there"
+        ),
+    ]
+
+
 @pytest.mark.parametrize(
     ("key", "was", "other"),
     [

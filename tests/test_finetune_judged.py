@@ -47,7 +47,7 @@ def sin_of(adapter, merge, dtype="float32"):
     """What is said against a merge, by weights and bits."""
     import torch
 
-    from harness import folded, injection, proof, reload
+    from harness import folded, injection, merging, reload
 
     model, marks, shells = injected(adapter, dtype)
     ids = torch.arange(8)[None]
@@ -58,7 +58,7 @@ def sin_of(adapter, merge, dtype="float32"):
     merge(adapter, model)
     found = folded.after(model, adapter, kept, dtypes)
     merged = reload.probe(model.eval(), ids, torch.ones_like(ids))
-    return proof.merge_sin(found, unmerged, merged), found
+    return merging.sin(found, unmerged, merged), found
 
 
 def forgets_a_layer(adapter, model):
@@ -114,7 +114,7 @@ def test_an_effect_within_ten_budgets_proves_no_merge():
     import torch
 
     from harness.folded import Folded
-    from harness.proof import merged_agrees
+    from harness.merging import same_logits
 
     truth = torch.linspace(1, 2, 8, dtype=torch.float64)
     given = {
@@ -126,8 +126,8 @@ def test_an_effect_within_ten_budgets_proves_no_merge():
         "dtype": torch.bfloat16,
     }
 
-    unread = merged_agrees(folded=Folded(modules=1, unseen=["fc"]), **given)
-    read = merged_agrees(folded=Folded(modules=1, right=["fc"]), **given)
+    unread = same_logits(weights=Folded(modules=1, unseen=["fc"]), **given)
+    read = same_logits(weights=Folded(modules=1, right=["fc"]), **given)
 
     assert (unread.outcome, unread.reason.partition(":")[0]) == ("not_run", "vacuous")
     assert read.outcome == "passed"
@@ -140,15 +140,15 @@ def test_a_budget_that_is_not_finite_proves_no_merge(spoilt, value):
     import torch
 
     from harness.folded import Folded
-    from harness.proof import merged_agrees
+    from harness.merging import same_logits
 
     truth = torch.linspace(1, 2, 8, dtype=torch.float64)
     given = {"truth": truth, "noise": torch.full_like(truth, 1e-3), "base": truth - 9}
     given[spoilt] = torch.where(truth > 1.5, value, given[spoilt])
     off = truth + 100 if spoilt == "noise" else given["truth"]
 
-    found = merged_agrees(
-        folded=Folded(modules=1, right=["fc"]),
+    found = same_logits(
+        weights=Folded(modules=1, right=["fc"]),
         unmerged=off,
         merged=off,
         dtype=torch.bfloat16,

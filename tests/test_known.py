@@ -45,7 +45,7 @@ def written(tmp_path, **changes):
         ({"spec": '"forward/scalign"'}, "entry 1: no spec is called 'forward/scalign'"),
         ({"versions": '"0.1.2"'}, "entry 1: versions must be a specifier such as"),
         ({"versions": "1"}, "entry 1: versions must be a specifier such as"),
-        ({"spec": "forward"}, "known failures known.toml: Invalid value"),
+        ({"spec": "forward"}, "known failures known.toml: not TOML: Invalid value"),
     ],
 )
 def test_an_entry_that_is_not_whole_is_refused_in_one_line(tmp_path, changes, said):

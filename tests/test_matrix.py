@@ -127,11 +127,15 @@ def test_a_comma_parts_requirements_and_no_range(tmp_path, monkeypatch, capsys, 
     [
         (
             ["--leg", "peft'", *RUN],
-            "--leg \"peft'\": no closing quotation; give it as --leg 'peft==0.13.2,transformers==4.46.1'",
+            "--leg \"peft'\": no closing quotation; give it as --leg 'peft==0.13.2,transformers==4.46.1', or --leg here",
+        ),
+        (
+            ["--leg", "", *RUN],
+            "--leg '': is empty; give it as --leg 'peft==0.13.2,transformers==4.46.1', or --leg here",
         ),
         (
             [*RUN, "--json", "mine.json"],
-            "matrix: --json after -- would be one file for all legs; give it before --, and it holds each",
+            "--json after -- would be one file for all legs; give it before --, and it holds each",
         ),
     ],
 )

@@ -223,6 +223,7 @@ def test_the_cpu_legs_commands_run_on_a_clean_checkout(tmp_path):
         "check-loralib.html",
         "check-peft.html",
         "check-reference.html",
+        "check-transformers.html",
         "finetune-loralib.html",
         "finetune-peft.html",
         "pytest.html",

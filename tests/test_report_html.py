@@ -327,3 +327,20 @@ def test_a_page_is_small_and_whole(pages):
 
         assert len(text.encode()) < 2_000_000
         assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", text.partition("<script")[0])
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+@pytest.mark.parametrize("option", ["--html", "--markdown"])
+def test_a_report_that_is_read_is_not_written_over(command, option, tmp_path, capsys):
+    """A slip of the finger loses no night's run."""
+    paths = samples.write(tmp_path, samples.check("old"), samples.check("new"))
+    given = [str(path) for path in paths]
+    before = paths[0].read_bytes()
+
+    code = main([command, *given, option, given[0]])
+
+    assert (code, paths[0].read_bytes()) == (2, before)
+    assert capsys.readouterr().err == (
+        f"lora-harness {command}: {option} {given[0]}: is a report that is read here, and would be lost; "
+        "give another path\n"
+    )

@@ -422,3 +422,31 @@ def test_the_reproduce_line_fails_the_same_spec():
 
         assert f"{fault.killed_by}\n" in done.stdout, fault.name
         assert "✗" in done.stdout or "!" in done.stdout
+
+
+def test_a_case_is_a_whole_point_in_python_too():
+    """The command line's words: another dtype beside a case would not be heeded."""
+    alone = "--case: it is one whole point; leave out --model, --device, --dtype and --seed"
+    one = {"only": ["forward/scaling"], "case": Case()}
+
+    for beside in ({"dtype": "bfloat16"}, {"seed": 1}, {"device": "cpu"}, {"model": "tiny"}):
+        with pytest.raises(UsageError, match=f"^{alone}$"):
+            check("reference", **one, **beside)
+    with pytest.raises(UsageError, match=r"^--case: name the one spec to judge with --only ID$"):
+        check("reference", case=Case())
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"dtype": "fp32"}, "--dtype fp32: no such dtype; give one of float32, "),
+        ({"seed": -1}, "--seed -1: must be from 0 to 4294967295"),
+        ({"limit": float("nan")}, "--limit: seconds must be more than 0, not nan"),
+    ],
+)
+def test_a_value_that_means_nothing_is_refused_in_python_too(given, line):
+    """No verdict of nothing judged."""
+    with pytest.raises(UsageError) as found:
+        check("reference", only=["forward/scaling"], **given)
+
+    assert str(found.value).startswith(line)

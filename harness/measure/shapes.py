@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,6 +158,8 @@ def measure(
 @contextmanager
 def _on_shapes(adapter: Adapter) -> Iterator[None]:
     """What the adapter raises there, as one line: it looks at values, or it is wrong."""
+    # torch logs the traceback of what is raised, which is told in one line.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
         yield
     except (UsageError, KeyboardInterrupt):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import UsageError
 from harness.report.comparable import Key, bars, keys, ruled_out
-from harness.report.history import group, load
+from harness.report.history import group, load, spare
 from harness.report.results import JUDGED, judge_spec, results_by_id
 from harness.report.rows import (
     SECTIONS,
@@ -201,6 +201,7 @@ def command(args: argparse.Namespace) -> int:
     from harness.report.markdown import comparison
 
     fail_on = parse_words(args.fail_on)
+    spare(args.reports, json=args.json, html=args.html, markdown=args.markdown)
     skipped: list[str] = []
     trend = _trend(args.reports, skipped)
     for line in skipped:

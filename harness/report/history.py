@@ -38,6 +38,16 @@ def gather(paths: Iterable[str]) -> tuple[list[Path], list[Path]]:
     return found, stored
 
 
+def spare(paths: Iterable[str], **outputs: Path | str | None) -> None:
+    """Raise UsageError where what is to be written would take the place of a report that is read."""
+    files = {path.resolve() for path in gather(paths)[0]}
+    for option, output in outputs.items():
+        if output and str(output) != "-" and Path(output).resolve() in files:
+            raise UsageError(
+                f"--{option} {output}: is a report that is read here, and would be lost; give another path"
+            )
+
+
 def load(paths: Iterable[str], skipped: list[str]) -> Iterator[Report]:
     """Every report that the arguments name, one at a time.
 

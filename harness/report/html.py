@@ -19,7 +19,7 @@ from harness._version import __version__
 from harness.errors import UsageError
 from harness.report import charts, intervals, view
 from harness.report.compare import compare
-from harness.report.history import group, load
+from harness.report.history import group, load, spare
 from harness.report.rows import told
 from harness.report.schema import replace
 from harness.report.tables import Tables
@@ -186,6 +186,7 @@ def command(args: argparse.Namespace) -> int:
     Raises:
         UsageError: nothing to show, or an output that cannot be written.
     """
+    spare(args.reports, html=args.html, markdown=args.markdown)
     page = gathered(args.reports)
     for line in page.skipped:
         print(f"skipped: {line}", file=sys.stderr)
