@@ -6,17 +6,23 @@ import random
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from harness import known, registry, worker
+from harness.adapters.equation import Branch
+from harness.adapters.reference import Reference
+from harness.adapters.wrapped import Adapted
 from harness.case import LAYER_OF, Case
 from harness.failure import Broken
+from harness.faults.wrong import wrong
 from harness.spec import catalogue
 
 if TYPE_CHECKING:
-    from harness.adapter import Adapter
+    from harness.adapter import Adapter, Factors, LoraConfig
 
 sys.path.append(str(Path(__file__).parent / "implementations"))
 CORRECT = (
@@ -113,3 +119,71 @@ def test_two_hundred_random_configurations_do_not_fail(seed: int) -> None:
     cases = configurations(200, seed=1_000 + seed)
 
     assert [f for name in CORRECT for f in failures(registry.resolve(name), cases)[1]] == []
+
+
+class Wrapper(nn.Module):
+    """Called like the base; its `config` is LoRA's, which is frozen, and the Trainer writes to it."""
+
+    def __init__(self, base: nn.Module, config: LoraConfig) -> None:
+        super().__init__()
+        self.base, self.config = base, config
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        return self.base(*args, **more)
+
+
+class Wrapping(Reference):
+    """The reference in a wrapper."""
+
+    def inject(self, model: nn.Module, config: LoraConfig) -> nn.Module:
+        return Wrapper(super().inject(model, config), config)
+
+    def factors(self, model: Any) -> dict[str, list[Factors]]:
+        return super().factors(model.base)
+
+
+class DropsTokens(Branch):
+    """Dropout takes all inputs of a token, or none."""
+
+    def mask(self, x: Tensor, p: float) -> Tensor:
+        kept = torch.rand(*x.shape[:-1], 1) >= p if self.training else torch.ones(())
+        return x * kept / (1 - p if self.training else 1)
+
+
+class Answering(Adapted):
+    """The branch is cast to its input's dtype, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y.to(x.dtype) if x.is_floating_point() else y
+
+    def merge_weight(self, weight: Tensor, *args: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            raise NotImplementedError("merging under autocast")
+        return super().merge_weight(weight, *args)
+
+
+@pytest.mark.parametrize(
+    ("spec", "case", "made"),
+    [
+        ("training/trainer-update", Case(specimen="tiny"), Wrapping),
+        (
+            "forward/dropout-on-in-train",
+            Case(shape=(16, 20), r=16, dropout=0.3),
+            lambda: wrong(branches={nn.Linear: DropsTokens}),
+        ),
+        ("forward/autocast", Case(), lambda: wrong(layer=Answering)),
+        (
+            "merge/weight-equals-oracle",
+            Case(specimen="bare", way="autocast"),
+            lambda: wrong(layer=Answering),
+        ),
+    ],
+)
+def test_what_the_contract_leaves_free_does_not_fail(spec: str, case: Case, made: Any) -> None:
+    """Each is as right as the reference, and does otherwise what DESIGN says nothing of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # libraries' own
+        broken, _, _ = worker.judge(made(), catalogue()[spec], case)
+
+    assert broken is None

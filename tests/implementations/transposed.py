@@ -13,9 +13,12 @@ from torch import nn
 
 from harness import Capabilities, Factors, load_exactly
 
+FEW = 3
+"""Tokens: products of other sizes are added up in another order, and are not the base's bit for bit."""
+
 
 class Branch(nn.Module):
-    """y = layer(x) + scaling · dropout(x) @ down @ up."""
+    """y = layer(x) + scaling · dropout(x) @ down @ up, the layer called with a few tokens at a time."""
 
     def __init__(self, layer, config):
         super().__init__()
@@ -36,9 +39,12 @@ class Branch(nn.Module):
         )
 
     def forward(self, x):
-        y = self.layer(x)
         if not self.on or self.merged:
-            return y
+            return self.layer(x)
+        few = x.reshape(-1, x.shape[-1]).split(FEW)
+        y = torch.cat([self.layer(part) for part in few]).view(
+            *x.shape[:-1], self.layer.out_features
+        )
         branch = self.dropout(x).to(self.lora_down.dtype) @ self.lora_down @ self.lora_up
         if self.lora_shift is not None:
             branch = branch + self.lora_shift
