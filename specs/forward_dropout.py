@@ -117,17 +117,22 @@ def dropout_gradients(trial: Trial) -> None:
 
 
 def drops_each_input(trial: Trial, model: nn.Module) -> None:
-    """Every input of the branch is 0 or x/(1 - p), in the right proportion, and drawn afresh."""
+    """The base's path drops nothing; every input of the branch is 0 or x/(1 - p), as often as asked."""
     import torch
 
-    base, p = trial.base(), trial.case.dropout
+    from harness import one_layer
+
+    base, p, x = trial.base(), trial.case.dropout, trial.inputs()[:1]
+    one_layer.silence(trial, model)
+    model.train()
+    plain, budget = trial.truth(base, {}, x), trial.budget(base, trial.snapshot(model), x)
+    trial.close(trial.call(model, x), plain, budget, "the base's path, in train mode,")
     x, places = _let_through(trial, model)
     factors = trial.snapshot(model)
     wide = x / (1 - p)
     budget = trial.budget(base, factors, wide)
     plain = trial.truth(base, {}, x)  # (1, …)
     kept = trial.truth(base, factors, wide) - trial.truth(base, {}, wide)
-    model.train()
     y = torch.cat([trial.call(model, x).double() for _ in range(CALLS)])  # (calls, …)
     mask = (y - plain).abs() > kept.abs() / 8  # true or not, what is kept is no smaller
     for where, seen in places.items():
