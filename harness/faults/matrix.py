@@ -46,7 +46,8 @@ NARROW: dict[str, str] = {
     "merge/no-drift-in-half-precision": "as above: one rounding is right, and a second is the sin",
     "merge/restores-base": "one rounding in and one out are allowed, and a right cycle takes both",
     "initialization/distribution": "the range is exact: what lies outside is wrong by however little",
-    "forward/dropout-on-in-train": "of masks that repeat one in 200 calls is already beyond chance",
+    "forward/dropout-on-in-train": "of masks that repeat one in 200 calls is already beyond chance, and 600 "
+    "draws tell a tenth from three tenths and little more",
     "forward/dropout-gradients": "a difference along one direction: where a mask drops little, "
     "forgetting it shows little, and in another case twenty times over",
     "quantized/merge-error-bounded": "NF4's widest gap is the exact worst case of a right merge, reached "
