@@ -26,7 +26,10 @@ if TYPE_CHECKING:
         "https://github.com/huggingface/peft/issues/2421",
     ),
     needs=("checkpoint/round-trip-bits",),
-    cases=(Case(), Case(dtype="bfloat16")),
+    cases=(
+        Case(),
+        *(Case(specimen=s, dtype="bfloat16") for s in ("linear", "embedding", "conv2d")),
+    ),
 )
 def dtype_kept(trial: Trial) -> None:
     """Load the checkpoint as it is, and cast: the live dtype and its values are what counts."""

@@ -55,7 +55,7 @@ def bias_modes(trial: Trial) -> None:
             parameter.copy_(torch.linspace(-2.0 - k, 3.0 + k, parameter.numel()))
     held = trial.adapter.state_dict(model)
     state = {key: t for key, t in held.items() if isinstance(t, torch.Tensor)}
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     for parameter in extra:
         if not any(_holds(saved, parameter) for saved in state.values()):
             fail(
