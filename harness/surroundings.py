@@ -21,6 +21,15 @@ _PUT: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
         torch.are_deterministic_algorithms_enabled,
         torch.use_deterministic_algorithms,
     ),
+    "torch's float32 precision of products": (
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    "torch's anomaly detection": (
+        torch.is_anomaly_enabled,
+        torch.autograd.set_detect_anomaly,
+    ),
+    "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
     "the working folder": (os.getcwd, os.chdir),
 }
 """By name, how each is asked for and put back."""

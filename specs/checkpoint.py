@@ -65,11 +65,15 @@ def same_factors(trial: Trial, model: nn.Module, want: Snapshot, what: str) -> N
                 )
 
 
-def restores(trial: Trial, config: LoraConfig | None = None) -> None:
+def restores(trial: Trial, config: LoraConfig | None = None, *, strided: bool = False) -> None:
     """A checkpoint of one model, loaded into a second, gives its factors, bit for bit, by name."""
+    import torch
+
     given = trial.inputs()
     source = trial.adapted(config=config)
     factors, want, state = trial.snapshot(source), trial.call(source, given), kept(trial, source)
+    if strided:
+        state |= {key: torch.stack((t, t), -1)[..., 0] for key, t in tensors(state).items()}
     other = trial.inject(config=config, seed=1)
     trial.randomize(other, seed=1)
     trial.adapter.load_state_dict(other, state)
@@ -78,7 +82,8 @@ def restores(trial: Trial, config: LoraConfig | None = None) -> None:
     ).values():  # it was copied: what becomes of it is nothing to the model
         value.zero_()
 
-    same_factors(trial, other, factors, "loaded factors")
+    what = "loaded factors" + ", of a checkpoint of strided views" * strided
+    same_factors(trial, other, factors, what)
     trial.same_bits(trial.call(other, given), want, "output after loading")
 
 
@@ -89,17 +94,18 @@ def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel() != 1}
 
 
-def disturb(model: nn.Module, *, seed: int, all_of_it: bool = False) -> None:
+def disturb(model: nn.Module, *, seed: int, all_of_it: bool = False, gates: bool = False) -> None:
     """Other values in all that trains, or in every parameter.
 
-    Not in the base's `lora_gate`, where that trains: trainable/names-decide-nothing says so.
+    Not in the base's `lora_gate`, unless that is asked for: where it trains by its name,
+    trainable/names-decide-nothing says so.
     """
     import torch
 
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            trained = parameter.requires_grad and not name.endswith("lora_gate.weight")
+            trained = parameter.requires_grad and (gates or not name.endswith("lora_gate.weight"))
             if (all_of_it or trained) and parameter.is_floating_point():
                 parameter.add_(torch.randn(parameter.shape, generator=g).to(parameter))
 
@@ -231,18 +237,32 @@ def _undoes(trial: Trial, config: LoraConfig) -> None:
 
 @spec(
     "checkpoint/round-trip-bits",
-    claim="A checkpoint loaded into a second model MUST give the same factors, bit for bit.",
+    claim="A checkpoint loaded into a second model MUST give the same factors, bit for bit, whatever its "
+    "tensors' strides; and loaded where it is live, MUST change nothing.",
     why="Saving is not training: what was evaluated must be what is deployed.",
     source=("BUGS 64, 66; P3", "https://github.com/pytorch/torchtune/issues/907"),
     needs=(
         "quantized/forward-equals-dequantised-oracle",
         "checkpoint/complete",
     ),
-    cases=(*KINDS, Case(shape=(5, 5), r=5), Case(specimen="nf4")),
+    cases=(
+        *KINDS,
+        Case(shape=(5, 5), r=5),
+        Case(way="strided"),
+        Case(way="live"),
+        Case(specimen="nf4"),
+    ),
 )
 def round_trip_bits(trial: Trial) -> None:
-    """Two models in one process; the second starts from other factors."""
-    restores(trial)
+    """Two models in one process, of which the second starts from other factors; or one by itself."""
+    if trial.case.way != "live":
+        restores(trial, strided=trial.case.way == "strided")
+        return
+    model = trial.adapted()
+    factors = trial.snapshot(model)
+    trial.adapter.load_state_dict(model, dict(trial.adapter.state_dict(model)))
+
+    same_factors(trial, model, factors, "factors after loading the model's own live tensors")
 
 
 @spec(
@@ -276,73 +296,6 @@ def same_merged_or_not(trial: Trial) -> None:
         budget = 2 * trial.budget(trial.base(), factors, trial.inputs())
         what = "base's output, saved while merged and unmerged"
         one_layer.gives_back_the_base(trial, model, budget, what)
-
-
-@spec(
-    "checkpoint/odd-names",
-    claim="Modules and adapters called `weight…`, `lora_…`, `foo` beside `foobar` or `a.b_c` beside "
-    "`a_b.c` MUST reload alike.",
-    why="Keys taken apart by substrings lose exactly the layers whose names hold one, and those that "
-    "are flattened save one layer in the place of two.",
-    source=(
-        "BUGS 51, 52",
-        "https://github.com/huggingface/peft/issues/2772",
-        "https://github.com/huggingface/peft/issues/2289",
-    ),
-    needs=("checkpoint/round-trip-bits", "checkpoint/many-layers"),
-    cases=(
-        Case(specimen="stack", way="modules"),
-        Case(specimen="stack", way="modules_to_save"),
-        Case(specimen="underscored", way="flattened"),
-        Case(way="adapter"),
-    ),
-)
-def odd_names(trial: Trial) -> None:
-    """Reload an adapter of modules with traps for names; then one whose own name is a trap."""
-    if trial.case.way == "modules":
-        restores(trial, trial.config(target_modules=("weight_proj", "lora_gate", "foo", "foobar")))
-    elif trial.case.way == "flattened":
-        try:
-            trial.adapter.state_dict(trial.inject())
-        except Exception as refusal:  # noqa: BLE001  # refusing is right
-            trial.notes.append(f"names that differ in . and _ alone are refused: {refusal}"[:200])
-            return
-        restores(trial)
-    elif trial.case.way == "modules_to_save" and trial.claims("modules_to_save"):
-        _reload_saved_module(trial)
-    elif trial.case.way == "adapter" and trial.claims("multi_adapter"):
-        _reload_adapter_called(trial, "my_weight_lora_A")
-
-
-def _reload_saved_module(trial: Trial) -> None:
-    """`foo` trained whole beside `foobar`, and `weight_proj`, in two models."""
-    whole = ("foo", "foobar", "weight_proj")
-    config = trial.config(target_modules=("v_proj",), modules_to_save=whole)
-    given = trial.inputs()
-    source, other = trial.inject(config=config), trial.inject(config=config, seed=1)
-    disturb(source, seed=1)
-    disturb(other, seed=2)
-    trial.adapter.load_state_dict(other, kept(trial, source))
-    want = trial.call(source, given)
-    trial.same_bits(trial.call(other, given), want, "output after loading modules_to_save")
-
-
-def _reload_adapter_called(trial: Trial, name: str) -> None:
-    adapter: Any = trial.adapter
-    models = []
-    for seed in (0, 1):
-        model = trial.inject()
-        try:
-            adapter.add(model, name, trial.config())
-        except Exception as refusal:  # noqa: BLE001  # a name may be refused: it is another's then
-            trial.notes.append(f"an adapter called {name} is refused: {refusal}"[:200])
-            return
-        adapter.activate(model, name)
-        trial.randomize(model, seed=seed)
-        models.append(model)
-    factors = trial.snapshot(models[0])
-    adapter.load_state_dict(models[1], kept(trial, models[0]))
-    same_factors(trial, models[1], factors, f"factors of the adapter {name!r} after loading")
 
 
 @spec(

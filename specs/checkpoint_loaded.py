@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from harness import one_layer
 from harness.case import Case
+from harness.failure import fail
 from harness.spec import spec
 from harness.specs.checkpoint import kept, same_factors
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from harness.oracle import Snapshot
@@ -61,33 +64,48 @@ def load_reads_what_is_there(trial: Trial) -> None:
 
 @spec(
     "checkpoint/loaded-is-an-adapter",
-    claim="An adapter that was loaded MUST save, merge, be disabled and stand beside another as one that "
+    claim="An adapter that was loaded MUST save, merge, be disabled, and stand beside another, frozen or not, as one that "
     "was injected does.",
     why="Who resumes or serves works with loaded adapters alone; a `load` that leaves a scaling, a flag or "
     "a list of its layers behind is seen only in what is done next.",
-    source=(DESIGN, "BUGS 57, P-7"),
+    source=(
+        DESIGN,
+        "BUGS 57, P-7",
+        "https://github.com/huggingface/peft/issues/3487",
+        "https://github.com/huggingface/peft/issues/3580",
+    ),
     features=("save",),
     needs=(
         "checkpoint/load-reads-what-is-there",
         "merge/restores-base",
         "several/disabled-equals-base",
-        "several/switch",
+        "several/isolation",
+        "checkpoint/load-trainability",
     ),
-    cases=tuple(
-        Case(specimen=specimen, way=way)
-        for specimen in ("linear", "conv2d")
-        for way in ("save", "merge", "disable", "multi_adapter")
+    cases=(
+        *(
+            Case(specimen=specimen, way=way)
+            for specimen in ("linear", "conv2d")
+            for way in ("save", "merge", "disable", "multi_adapter")
+        ),
+        Case(way="frozen"),
+        Case(way="trainable"),
     ),
 )
 def loaded_is_an_adapter(trial: Trial) -> None:
     """Load, give the factors other values, do it, and compare outputs with the equation."""
     way, adapter = trial.case.way, trial.adapter
-    if not trial.claims(way):
-        trial.notes.append(f"{way} is not claimed")
+    keeps = way in {"frozen", "trainable"}
+    if not trial.claims(asks := "multi_adapter" if keeps else way):
+        trial.notes.append(f"{asks} is not claimed")
+        return
+    if keeps:
+        _keeps_its_trainability(trial)
         return
     base, x, folder = trial.base(), trial.inputs(), trial.folder()
     adapter.save(trial.adapted(), folder)  # type: ignore[attr-defined]  # the feature brings it
-    model = adapter.load(trial.base(), folder, trainable=True)  # type: ignore[attr-defined]  # likewise
+    served = way in {"merge", "disable"}
+    model = adapter.load(trial.base(), folder, trainable=not served)  # type: ignore[attr-defined]  # likewise
     trial.unmerged(model)
     factors = trial.randomize(model, seed=1)
     truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
@@ -153,3 +171,94 @@ def _stands_beside(trial: Trial, model: nn.Module, factors: Snapshot) -> None:  
     trial.close(trial.call(model, x), truth, budget, "output of one added to a loaded adapter")
     adapter.activate(model, "default")
     trial.unmerged(model)
+
+
+def _keeps_its_trainability(trial: Trial) -> None:
+    """As it was asked for, while another is added, acts and gives way to it again."""
+    adapter: Any = trial.adapter
+    asked, folder = trial.case.way == "trainable", trial.folder()
+    adapter.save(trial.adapted(), folder)
+    model = adapter.load(trial.base(), folder, trainable=asked)
+    adapter.add(model, "second", trial.config(), trainable=not asked)
+    _trains(trial, model, asked, "once another is added")
+    adapter.activate(model, "second")
+    adapter.activate(model, "default")
+    _trains(trial, model, asked, "activated again after another")
+
+
+def _trains(trial: Trial, model: nn.Module, asked: bool, when: str) -> None:  # what is asked
+    from harness import storage
+
+    trained = storage.elements(p for p in model.parameters() if p.requires_grad)
+    for name, parts in trial.factors(model).items():
+        for tensor in storage.handles({name: parts}):
+            if bool(storage.covered(tensor, trained)) is not asked:
+                fail(
+                    "state",
+                    expected=f"an adapter loaded with trainable={asked} to be so {when}",
+                    actual=f"its factors {'need no' if asked else 'need'} gradients",
+                    where=name,
+                )
+
+
+@spec(
+    "checkpoint/load-of-less-is-loud",
+    # The contract says of `load_state_dict` that it raises, and of `load` nothing.
+    claim="`load` SHOULD raise or warn where the file that `save` wrote lacks a tensor, or has them under "
+    "other names.",
+    why="A file that was cut short, or converted by somebody, gives an adapter that is in part untrained, "
+    "and nothing tells.",
+    source=(
+        "BUGS 48, 49",
+        "https://github.com/huggingface/peft/pull/2084",
+        "https://github.com/huggingface/peft/pull/2118",
+    ),
+    features=("save",),
+    needs=("checkpoint/save-restores-settings", "checkpoint/misfit-is-loud"),
+    cases=(Case(way="missing"), Case(way="renamed")),
+)
+def load_of_less_is_loud(trial: Trial) -> None:
+    """Take one tensor out of what was saved, or give all another prefix, and load it."""
+    whole, less = trial.folder(), trial.folder()
+    adapter: Any = trial.adapter
+    model = trial.adapted()
+    adapter.save(model, whole)
+    adapter.save(model, less)
+    if not any(_tamper(path, trial.case.way) for path in sorted(less.rglob("*"))):
+        trial.notes.append("vacuous: no file of tensors is found in what `save` writes")
+        return
+    trial.loud(
+        lambda: adapter.load(trial.base(), less),
+        expected="an error or a warning, as "
+        + (
+            "one tensor is missing in the file"
+            if trial.case.way == "missing"
+            else "the file's tensors are called otherwise"
+        ),
+        usual=lambda: adapter.load(trial.base(), whole),
+    )
+
+
+def _tamper(path: Path, way: str) -> bool:
+    """Write a file of tensors again with one less, or with all renamed; whether it is such a file."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    if path.suffix == ".safetensors":
+        held: Any = load_file(path)
+    elif path.suffix in {".pt", ".pth", ".bin", ".ckpt"}:
+        held = torch.load(path, weights_only=True)
+    else:
+        return False
+    names = [k for k, t in held.items() if isinstance(t, torch.Tensor) and t.numel() > 1]
+    if not names:
+        return False
+    if way == "missing":
+        del held[min(names)]
+    else:
+        held = {f"another.{key}" if key in names else key: held[key] for key in held}
+    if path.suffix == ".safetensors":
+        save_file(held, path, {"format": "pt"})
+    else:
+        torch.save(held, path)
+    return True

@@ -65,13 +65,15 @@ def input_unchanged(trial: Trial) -> None:
 
 @spec(
     "forward/equals-oracle",
-    claim="The output of an adapted layer MUST equal x·(W + scaling·B·A)ᵀ + bias within rounding.",
+    claim="The output of an adapted layer MUST equal x·(W + scaling·B·A)ᵀ + bias within rounding, in eval and "
+    "in train mode.",
     why="Everything else rests on it: a wrong branch trains, saves and merges the wrong thing.",
     source=(PAPER, "BUGS 20, 22, 64, 125", "https://github.com/unslothai/unsloth-zoo/pull/482"),
     needs=("targeting/exact-coverage", "initialization/no-op"),
     tier="smoke",
     cases=(
         Case(),
+        Case(r=1),
         Case(specimen="bare", r=13),
         Case(dtype="bfloat16"),
         Case(dtype="float16"),
@@ -84,8 +86,12 @@ def input_unchanged(trial: Trial) -> None:
 )
 def equals_oracle(trial: Trial) -> None:
     """Judge a layer, or layers in a row, with random factors on random inputs."""
-    base = trial.base()
-    _close(trial, base, trial.adapted(), trial.inputs())
+    base, model, x = trial.base(), trial.adapted(), trial.inputs()
+    _close(trial, base, model, x)
+    merges = getattr(trial.adapter, "eval_merges", False)  # then they were judged in train mode
+    if not merges and not trial.case.dropout:
+        model.train()
+        _close(trial, base, model, x, "output in train mode, without gradient")
 
 
 @spec(
@@ -301,11 +307,11 @@ def called_like_the_base(trial: Trial) -> None:
         close(actual, expected, truth, "logits of a token after a cache")
 
 
-def _close(trial: Trial, base: Any, model: Any, x: Any) -> None:
+def _close(trial: Trial, base: Any, model: Any, x: Any, what: str = "output") -> None:
     """The model's outputs are the truth's, by its factors now."""
     factors = trial.snapshot(model)
     budget = trial.budget(base, factors, x)
-    trial.close(trial.call(model, x), trial.truth(base, factors, x), budget, "output")
+    trial.close(trial.call(model, x), trial.truth(base, factors, x), budget, what)
 
 
 def _scaled(trial: Trial, model: Any, expected: float, which: str) -> None:
@@ -341,7 +347,7 @@ def formed(x: Tensor, way: str) -> Tensor:
     if way == "four":
         return x[None].expand(2, -1, -1, -1).contiguous()  # (2, b, t, i)
     if way == "long":
-        return x[:1].repeat(1, 33, 1)  # (1, 132, i)
+        return x[:1].repeat(1, 1100, 1)  # (1, 4400, i): more than a block, or a short context
     if way == "empty":
         return x[:, :0]  # (b, 0, i)
     if way == "strided":

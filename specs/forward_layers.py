@@ -9,9 +9,11 @@ from harness.failure import fail
 from harness.spec import spec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import nn
 
-    from harness.adapter import LoraConfig, Parts
+    from harness.adapter import Factors, LoraConfig, Parts
     from harness.trial import Trial
 
 ORACLE = "forward/equals-oracle"
@@ -56,17 +58,7 @@ def fused_parts(trial: Trial) -> None:
             raise
         trial.notes.append(f"parts of unequal size are refused: {refusal}")
         return
-    for name, parts in trial.factors(model).items():
-        rows = int(base.get_submodule(name).out_features)  # type: ignore[arg-type]
-        meant = [(s.start, s.stop) for s in config.parts(name) or []]
-        found = sorted(_span(f.rows, rows) for f in parts)
-        if found != meant:
-            fail(
-                "names",
-                expected=f"one pair of factors for each wanted part, rows {meant}",
-                actual=f"rows {found}",
-                where=name,
-            )
+    same_parts(trial.factors(model), config, base)
     trial.randomize(model)
     factors = trial.snapshot(model)
     budget = trial.budget(base, factors, x)
@@ -312,6 +304,23 @@ def _parted(trial: Trial, base: nn.Module) -> LoraConfig:
         "gate_up_proj": ((c.intermediate_size, False), (c.intermediate_size, True)),
     }
     return trial.config(target_modules=tuple(layouts), enable_lora=layouts)
+
+
+def same_parts(
+    factors: Mapping[str, Sequence[Factors]], config: LoraConfig, base: nn.Module
+) -> None:
+    """The rows that the factors say are those of the wanted parts, or `Broken`."""
+    for name, parts in factors.items():
+        rows = int(base.get_submodule(name).out_features)  # type: ignore[arg-type]
+        meant = [(s.start, s.stop) for s in config.parts(name) or []]
+        found = sorted(_span(f.rows, rows) for f in parts)
+        if found != meant:
+            fail(
+                "names",
+                expected=f"one pair of factors for each wanted part, rows {meant}",
+                actual=f"rows {found}",
+                where=name,
+            )
 
 
 def _span(rows: Any, total: int) -> tuple[int, int]:

@@ -20,8 +20,10 @@ ORACLE = "forward/equals-oracle"
 
 @spec(
     "forward/gradients",
-    claim="The gradients of the input and of each factor MUST be those of the equation.",
-    why="A branch that is right forward and wrong backward trains towards something else.",
+    claim="The gradients of the input and of each factor MUST be those of the equation; the input, and the "
+    "gradient that comes back, MUST stay as they were.",
+    why="A branch that is right forward and wrong backward trains towards something else; a backward pass "
+    "that reuses its arguments' memory does so to the layer beside it.",
     source=(
         PAPER,
         "BUGS 101, 118",
@@ -35,6 +37,7 @@ ORACLE = "forward/equals-oracle"
     ),
     cases=(
         Case(),
+        Case(r=1),
         Case(specimen="bare", r=13),
         *(Case(dtype=d) for d in ("bfloat16", "float16", "float64")),
         *(Case(specimen=s) for s in ("embedding", "conv2d", "grouped", "fused", "fused-all")),
@@ -156,7 +159,10 @@ def gradients_of(trial: Trial, model: nn.Module) -> None:
         specimen.call(model, trial.inputs(1))  # another call, before this one's backward pass
         if trial.case.way == "strides-back":
             c = c.mT.contiguous().mT
-        y.backward(c)  # type: ignore[no-untyped-call]
+        passed = c.clone()
+        y.backward(passed)  # type: ignore[no-untyped-call]
+        trial.same_bits(given, x, "the input after the backward pass")
+        trial.same_bits(passed, c, "the gradient that came back, after the backward pass")
 
         factors = trial.snapshot(model)
         truth_x, truths = oracle.gradients(trial.base(), factors, x, c)

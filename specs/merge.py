@@ -65,6 +65,7 @@ def _or_raises(act: Callable[[], object]) -> None:
         Case(dtype="float64", r=13),
         *(Case(specimen=s, way="rslora") for s in ("linear", "embedding", "conv2d", "fused")),
         Case(way="in-train", dropout=0.5),
+        Case(way="frozen"),
         *(case for case in EACH_LAYER if case.specimen != "bare"),
     ),
 )
@@ -81,6 +82,8 @@ def same_output(trial: Trial) -> None:
     rslora = trial.case.way == "rslora" and trial.claims("rslora")
     dropout = trial.case.dropout if trial.claims("dropout") else 0.0
     model = trial.adapted(config=trial.config(use_rslora=rslora, lora_dropout=dropout))
+    if trial.case.way == "frozen":  # as an adapter that is served
+        model.requires_grad_(False)
     factors = trial.snapshot(model)
     truth, budget = trial.truth(base, factors, given), trial.budget(base, factors, given)
     plain = trial.truth(base, {}, given)
@@ -246,7 +249,9 @@ def overflow_on_the_way(trial: Trial) -> None:
         Case(),
         *EACH_LAYER,
         Case(specimen="fused-unequal"),
+        Case(specimen="bare", r=1),
         Case(specimen="bare", way="untrained"),
+        Case(specimen="bare", way="frozen"),
     ),
 )
 def restores_base(trial: Trial) -> None:
@@ -255,6 +260,8 @@ def restores_base(trial: Trial) -> None:
     model = one_layer.adapted(trial)
     if model is None:
         return
+    if trial.case.way == "frozen":  # as an adapter that is served
+        model.requires_grad_(False)
     factors = trial.snapshot(model) if trial.case.way == "untrained" else trial.randomize(model)
     trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
     trial.adapter.unmerge(model)  # type: ignore[attr-defined]  # the feature brings it

@@ -192,17 +192,24 @@ def bias_scaled(trial: Trial) -> None:
     source=("BUGS 37", "https://github.com/huggingface/peft/pull/3411"),
     features=("merge",),
     needs=("merge/weight-equals-oracle",),
-    cases=(Case(specimen="stack"), Case(specimen="embedding"), Case(specimen="conv2d")),
+    cases=(
+        *(Case(specimen=s) for s in ("stack", "embedding", "conv2d")),
+        Case(way="lora_bias"),
+    ),
 )
 def refuses_nan(trial: Trial) -> None:
-    """Put one NaN into the last adapted module, try to merge, repair it, and compare bits."""
+    """Put one NaN into the last adapted module, or its bias, try to merge, repair it, and compare bits."""
     import torch
 
-    given = trial.inputs()
-    model = trial.adapted()
+    given, biased = trial.inputs(), trial.case.way == "lora_bias"
+    if biased and not trial.claims("lora_bias"):
+        trial.notes.append("lora_bias is not claimed")
+        return
+    model = trial.adapted(config=trial.config(lora_bias=biased))
     before = trial.call(model, given)
     with torch.no_grad():
-        next(reversed(trial.factors(model).values()))[-1].A[0, 0] = float("nan")
+        f = next(reversed(trial.factors(model).values()))[-1]
+        (f.A[0] if f.bias is None else f.bias)[0] = float("nan")
     try:
         trial.adapter.merge(model)  # type: ignore[attr-defined]  # the feature brings it
     except Exception:  # noqa: BLE001  # that is what is asked
@@ -273,14 +280,15 @@ def _greedy(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @spec(
     "merge/disabled-while-merged",
-    claim="Disabling a merged adapter MUST give the base's outputs, and then its own, or raise.",
+    claim="Disabling a merged adapter MUST give the base's outputs, and then, left by an exception too, its own; or "
+    "raise.",
     why="A reference model taken from a merged policy would be the policy itself.",
     source=("DESIGN.md: what is done while merged is right or raises", "BUGS 26, 42"),
     features=("merge", "disable"),
     needs=("merge/only-targets-change", "several/disabled-equals-base"),
     cases=(
         *(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused", "stack")),
-        Case(way="lora_bias"),
+        *(Case(way=way) for way in ("lora_bias", "exception")),
     ),
 )
 def disabled_while_merged(trial: Trial) -> None:
@@ -296,14 +304,29 @@ def disabled_while_merged(trial: Trial) -> None:
     # The update may have been rounded into W and out of it again, at its own magnitude.
     budget = 2 * trial.budget(base, factors, given)
     adapter.merge(model)
+    found = None
     try:
         with adapter.disable(model):
             found = trial.call(model, given)
+            if trial.case.way == "exception":
+                raise _Interrupted  # noqa: TRY301  # what is judged is how the context leaves
+    except _Interrupted:
+        pass
     except Exception as error:  # noqa: BLE001  # refusing is right
         trial.notes.append(f"refused: {type(error).__name__}")
-    else:
+        found = None
+    if found is not None:
         trial.close(found, trial.truth(base, {}, given), budget, "disabled output while merged")
+    left = " by an exception" * (trial.case.way == "exception")
     after = trial.truth(base, factors, given)
-    trial.close(trial.call(model, given), after, budget, "output after disabling while merged")
+    what = f"output after leaving `disable`{left} while merged"
+    trial.close(trial.call(model, given), after, budget, what)
     if trial.claims("unmerge"):
-        one_layer.gives_back_the_base(trial, model, budget, "base's output, unmerged after that")
+        one_layer.unmerge(trial, model)  # leaving may have done it already
+        one_layer.silence(trial, model)
+        bare = trial.truth(base, {}, given)
+        trial.close(trial.call(model, given), bare, budget, "base's output, unmerged after that")
+
+
+class _Interrupted(BaseException):  # as KeyboardInterrupt is, which no `except Exception` sees
+    pass

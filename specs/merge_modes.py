@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from harness import one_layer
 from harness.case import Case
-from harness.failure import fail
+from harness.failure import Broken, fail
 from harness.spec import spec
 from harness.specs.forward_training import gradients_of
 
@@ -111,3 +112,49 @@ def gradients_after_a_cycle(trial: Trial) -> None:
     adapter.unmerge(model)
     trial.unmerged(model)
     gradients_of(trial, model)
+
+
+@spec(
+    "merge/any-strides",
+    claim="A merge into a weight whose numbers do not lie in a row, as a convolution's in channels_last, MUST "
+    "be what it is into one whose do, or raise.",
+    why="`reshape` gives a copy of such a weight: what is added to that is lost, without a word.",
+    source=(
+        "DESIGN: merge folds ΔW into the base weights",
+        "https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html",
+    ),
+    features=("merge",),
+    needs=("merge/same-output", "merge/restores-base"),
+    cases=tuple(Case(specimen=s) for s in ("linear", "embedding", "conv2d", "fused")),
+)
+def any_strides(trial: Trial) -> None:
+    """Judge the merged outputs and, where it is claimed, the base's once it is unmerged."""
+    base, given, used = trial.base(), trial.inputs(), trial.base()
+    _turn(used.get_submodule("proj"))
+    adapter: Any = trial.adapter
+    try:
+        model = trial.adapted(used)
+        factors = trial.snapshot(model)
+        adapter.merge(model)
+    except Broken:
+        raise
+    except Exception as refusal:  # noqa: BLE001  # nothing is wrong in silence
+        trial.notes.append(f"refused at {trial.case}: {type(refusal).__name__}")
+        return
+    truth, budget = trial.truth(base, factors, given), trial.budget(base, factors, given)
+
+    trial.close(trial.call(model, given), truth, budget, "merged output")
+    if trial.claims("unmerge"):
+        one_layer.gives_back_the_base(trial, model, 2 * budget, "base's output, unmerged")
+
+
+def _turn(layer: Any) -> None:
+    """The layer's weight in other strides: channels_last, or column by column."""
+    import torch
+
+    W = layer.weight.detach()
+    layer.weight.data = (
+        W.to(memory_format=torch.channels_last)
+        if W.dim() == 4
+        else W.mT.contiguous().mT  # (o, i, kh, kw)
+    )

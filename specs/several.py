@@ -71,7 +71,7 @@ def switch(trial: Trial) -> None:
 
 @spec(
     "several/isolation",
-    claim="Training, saving, loading, deleting or adding one adapter MUST leave the others' values and "
+    claim="Training, saving, loading, deleting or adding one adapter MUST leave the others' parameters, values and "
     "trainability as they were.",
     why="An adapter that another's call has frozen, freed or overwritten is lost, and nobody looks there.",
     source=(
@@ -79,6 +79,7 @@ def switch(trial: Trial) -> None:
         "BUGS 89",
         "https://github.com/huggingface/peft/issues/899",
         "https://github.com/huggingface/peft/pull/905",
+        "https://github.com/huggingface/peft/issues/3580",
     ),
     needs=(
         "checkpoint/same-frozen-or-not",
@@ -133,6 +134,7 @@ def isolation(trial: Trial) -> None:
                 actual=f"its factors {'need' if trains else 'need no'} gradients",
                 where=name,
             )
+    there = dict(model.named_parameters())
     _do(trial, model, act, actor, before)
 
     for name, (values, trains) in before.items():
@@ -148,6 +150,15 @@ def isolation(trial: Trial) -> None:
                 actual="trainable" if trains_now else "frozen",
                 where=name,
             )
+    held = set(model.parameters())
+    gone = [name for name, p in there.items() if p not in held and act != "delete"]
+    if gone:
+        fail(
+            "state",
+            expected=f"the parameters that an optimizer holds, after {act} of {actor} and each activated",
+            actual=f"{len(gone)} of {len(there)} are replaced",
+            where=gone[0],
+        )
 
 
 def _do(
@@ -159,15 +170,17 @@ def _do(
     adapter: Any = trial.adapter
     if act == "add":
         there = [(name, p, p.requires_grad) for name, p in model.named_parameters()]
-        adapter.add(model, "new", trial.config(), trainable=actor == "free")
-        for name, parameter, trained in there:
-            if parameter.requires_grad is not trained:
-                fail(
-                    "state",
-                    expected=f"{'trainable' if trained else 'frozen'}, as before adding another",
-                    actual="frozen" if trained else "trainable",
-                    where=name,
-                )
+        for new, trains in (("new", actor == "free"), ("newer", actor != "free")):
+            adapter.add(model, new, trial.config(), trainable=trains)
+            kind = "a trainable one" if trains else "a frozen one"
+            for name, parameter, trained in there:
+                if parameter.requires_grad is not trained:
+                    fail(
+                        "state",
+                        expected=f"{'trainable' if trained else 'frozen'}, as before adding {kind}",
+                        actual="frozen" if trained else "trainable",
+                        where=name,
+                    )
     elif act == "delete":
         activate(trial, model, "default")
         adapter.delete(model, actor)
@@ -242,7 +255,7 @@ def only_the_active_trains(trial: Trial) -> None:
     source=(DESIGN, "BUGS P19"),
     needs=("several/switch",),
     features=("multi_adapter",),
-    cases=(Case(way="activate"), Case(way="delete"), Case(way="combine")),
+    cases=tuple(Case(way=way) for way in ("activate", "delete", "combine")),
 )
 def unknown_name_is_loud(trial: Trial) -> None:
     """Judge that it raises, that the outputs stay, and that no half of a combination is left."""

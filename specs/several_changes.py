@@ -11,6 +11,8 @@ from harness.spec import spec
 from harness.specs.several import DESIGN, activate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
     from harness.trial import Trial
@@ -27,11 +29,12 @@ if TYPE_CHECKING:
         "https://github.com/huggingface/peft/issues/738",
         "https://github.com/huggingface/peft/pull/2466",
     ),
-    needs=("several/switch", "several/switch-saved-modules"),
+    needs=("several/other-settings", "several/switch-saved-modules"),
     features=("multi_adapter",),
     cases=(
         Case(),
         Case(way="names-alike"),
+        Case(specimen="headless", way="targets"),
         Case(specimen="stack", way="modules_to_save"),
         Case(specimen="conv2d"),
         Case(specimen="stack"),
@@ -51,10 +54,12 @@ def delete(trial: Trial) -> None:
         trial.notes.append("modules_to_save is not claimed")
         return
     config = trial.config(modules_to_save=("lm_head",)) if whole else trial.config()
+    elsewhere = trial.case.way == "targets"  # in another layer than the first
+    second = trial.config(target_modules=("embed_out",)) if elsewhere else config
     model = trial.adapted(config=config)
     adapter: Any = trial.adapter
     before, sizes = trial.call(model, x), _sizes(model)
-    adapter.add(model, "second", config)
+    adapter.add(model, "second", second)
     activate(trial, model, "second")
     fresh = trial.call(model, x)
     trial.randomize(model, seed=1)
@@ -73,7 +78,8 @@ def delete(trial: Trial) -> None:
     try:
         adapter.activate(model, "second")
     except Exception:  # noqa: BLE001  # any exception is loud
-        _add_again(trial, model, fresh)
+        if not elsewhere:
+            _add_again(trial, model, fresh)
         return
     fail("silent", expected="activating a deleted adapter to raise", actual="nothing was raised")
 
@@ -181,8 +187,10 @@ def deleted_is_freed(trial: Trial) -> None:
     features=("multi_adapter", "merge"),
     cases=(
         *(Case(specimen=s, way="activate") for s in ("linear", "embedding", "conv2d", "fused")),
+        Case(way="activate-same"),
         Case(way="add"),
         Case(way="delete"),
+        Case(way="delete-other"),
         Case(specimen="stack", way="delete"),
     ),
     more_cases=(
@@ -193,8 +201,8 @@ def deleted_is_freed(trial: Trial) -> None:
 )
 def while_merged(trial: Trial) -> None:
     """Judge the outputs of the second, and once more when the first, that was merged, is deleted."""
-    if trial.case.way == "add":
-        _add_while_merged(trial)
+    if trial.case.way in {"add", "activate-same", "delete-other"}:
+        _the_first_stays(trial)
         return
     x = trial.inputs()
     model = trial.adapted()
@@ -218,27 +226,38 @@ def while_merged(trial: Trial) -> None:
     trial.close(trial.call(model, x), truth, budget, f"output after {trial.case.way} while merged")
 
 
-def _add_while_merged(trial: Trial) -> None:
-    """Judge the first, merged and, where `unmerge` is claimed, unmerged; and the second after it."""
-    base, x = trial.base(), trial.inputs()
+def _the_first_stays(trial: Trial) -> None:
+    """Judge the first, merged and, where `unmerge` is claimed, unmerged; and one that was added."""
+    base, x, way = trial.base(), trial.inputs(), trial.case.way
     model = trial.adapted()
     adapter: Any = trial.adapter
     first = trial.snapshot(model)
     truth, budget = trial.truth(base, first, x), trial.budget(base, first, x)
-    adapter.merge(model)
-    try:
+    if way == "delete-other":
         adapter.add(model, "second", trial.config())
+    adapter.merge(model)
+    ways: dict[str, tuple[str, Callable[[], object]]] = {
+        "add": ("adding another", lambda: adapter.add(model, "second", trial.config())),
+        "activate-same": ("activating it again", lambda: adapter.activate(model, "default")),
+        "delete-other": ("deleting another", lambda: adapter.delete(model, "second")),
+    }
+    doing, act = ways[way]
+    try:
+        act()
     except Exception as error:  # noqa: BLE001  # raising is an answer
-        trial.notes.append(f"adding while merged is refused: {type(error).__name__}")
+        trial.notes.append(f"{doing} while merged is refused: {type(error).__name__}")
         return
-    trial.close(trial.call(model, x), truth, budget, "output after add while merged")
-    if not trial.claims("unmerge"):
-        return
-    one_layer.unmerge(trial, model)  # adding may have done it already
-    trial.unmerged(model)
     # The weights may keep the roundings of going in and coming out, each of the merged sum.
     left = 2 * budget
-    trial.close(trial.call(model, x), truth, budget + left, "output after add, then unmerge")
+    what = f"output of a merged adapter after {doing}"
+    trial.close(trial.call(model, x), truth, budget + left, what)
+    if not trial.claims("unmerge"):
+        return
+    one_layer.unmerge(trial, model)  # what was done may have done it already
+    trial.unmerged(model)
+    trial.close(trial.call(model, x), truth, budget + left, f"{what}, then unmerged")
+    if way != "add":
+        return
     activate(trial, model, "second")
     second = trial.randomize(model, seed=1)
     truth, budget = trial.truth(base, second, x), trial.budget(base, second, x)
@@ -250,9 +269,14 @@ def _add_while_merged(trial: Trial) -> None:
     claim="Merging MUST fold the adapter that acts, and unmerging MUST take that one out again.",
     why="What is deployed is what was merged: a merge of the first, whichever acts, serves another task.",
     source=(DESIGN, "DESIGN.md, merge"),
-    needs=("several/switch", "merge/same-output", "merge/restores-base"),
+    needs=("several/other-settings", "merge/same-output", "merge/restores-base"),
     features=("multi_adapter", "merge"),
-    cases=(Case(), Case(specimen="embedding"), Case(specimen="conv2d")),
+    cases=(
+        Case(),
+        Case(specimen="headless", way="targets"),
+        Case(specimen="embedding"),
+        Case(specimen="conv2d"),
+    ),
     more_cases=(Case(specimen="stack"), Case(specimen="fused")),
 )
 def merges_the_active(trial: Trial) -> None:
@@ -261,7 +285,11 @@ def merges_the_active(trial: Trial) -> None:
     model = trial.adapted()
     adapter: Any = trial.adapter
     first = trial.snapshot(model)
-    adapter.add(model, "second", trial.config(lora_alpha=3 * trial.case.alpha))
+    # In another layer than the first.
+    other: dict[str, Any] = (
+        {"target_modules": ("embed_out",)} if trial.case.way == "targets" else {}
+    )
+    adapter.add(model, "second", trial.config(lora_alpha=3 * trial.case.alpha, **other))
     activate(trial, model, "second")
     second = trial.randomize(model, seed=1)
     truth, budget = trial.truth(base, second, x), trial.budget(base, second, x)

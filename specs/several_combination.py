@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         Case(way="three"),
         Case(way="rslora"),
         Case(way="nothing"),
+        Case(way="twice"),
         Case(specimen="conv2d"),
         Case(specimen="embedding", way="negative"),
         Case(specimen="fused", way="three"),
@@ -66,14 +67,16 @@ def combination(trial: Trial) -> None:
         return
     model = trial.adapted(config=trial.config(use_rslora=trial.case.way == "rslora"))
     terms = _terms(trial, model)
+    if trial.case.way == "twice":
+        terms.append((terms[0][0], 0.5, terms[0][2]))
     adapter: Any = trial.adapter
     names = [name for name, _, _ in terms]
     try:
         adapter.combine(model, names, [weight for _, weight, _ in terms], "both")
     except Exception as error:  # any exception is loud
-        if trial.case.way != "targets":
+        if trial.case.way not in {"targets", "twice"}:
             raise
-        trial.notes.append(f"adapters of other targets are not combined: {type(error).__name__}")
+        trial.notes.append(f"refused, {trial.case.way}: {type(error).__name__}")
         return
     activate(trial, model, "both")
     made = trial.snapshot(model)
@@ -124,6 +127,7 @@ def _terms(
         "one": (1.0,),
         "rslora": (0.7, 0.6),
         "nothing": (0.7, 0.0),
+        "twice": (0.7, 0.6),
         "three": (0.4, -1.1, 0.9),
         "targets": (0.7, -0.6),
     }[trial.case.way]

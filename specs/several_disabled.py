@@ -11,7 +11,7 @@ from harness.specs.several import activate, same_as_base
 from harness.specs.state import keep_norms_in_eval
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor, nn
 
@@ -254,59 +254,3 @@ def _ask_the_base(trial: Trial, model: nn.Module, trained: Mapping[str, Tensor])
                 where=name,
             )
         trial.same_bits(now, gradient, f"gradient of {name} after `disable`")
-
-
-@spec(
-    "several/disabled-whatever-is-done",
-    claim="Whatever is done inside `disable` (activating, adding, loading, asking for the checkpoint), the "
-    "outputs inside MUST stay the base's, or it raises.",
-    why="A helper that switches adapters or loads one inside the block would switch the adapter on for the "
-    "rest of it.",
-    source=(
-        "DESIGN.md, disable: inside, the base's outputs",
-        "https://github.com/huggingface/peft/pull/2936",
-    ),
-    needs=("several/disabled-equals-base",),
-    features=("disable",),
-    cases=tuple(Case(way=way) for way in ("activate", "add", "load", "checkpoint")),
-)
-def disabled_whatever_is_done(trial: Trial) -> None:
-    """Judge the outputs inside after a call that may switch the adapter on."""
-    from harness.specs.checkpoint import kept
-
-    way = trial.case.way
-    if way in {"activate", "add"} and not trial.claims("multi_adapter"):
-        trial.notes.append("multi_adapter is not claimed")
-        return
-    base, x = trial.base(), trial.inputs()
-    bare = trial.call(base, x)
-    model = trial.adapted(base)
-    adapter: Any = trial.adapter
-    state = kept(trial, model)
-    if way == "activate":
-        adapter.add(model, "second", trial.config())
-        activate(trial, model, "second")
-        trial.randomize(model, seed=1)
-        second = trial.call(model, x)
-        activate(trial, model, "default")
-    before = trial.call(model, x)
-    act: dict[str, Callable[[], object]] = {
-        "activate": lambda: adapter.activate(model, "second"),
-        "add": lambda: adapter.add(model, "second", trial.config()),
-        "load": lambda: adapter.load_state_dict(model, state),
-        "checkpoint": lambda: adapter.state_dict(model),
-    }
-    with adapter.disable(model):
-        try:
-            act[way]()
-        except Exception as error:  # noqa: BLE001  # any exception is loud
-            trial.notes.append(f"{way} inside `disable` is refused: {type(error).__name__}")
-        trial.unmerged(model)
-        inside = trial.call(model, x)
-    same_as_base(trial, inside, bare, f"outputs while disabled, after {way}")
-    trial.unmerged(model)
-    after = trial.call(model, x)
-    # Of the adapter that acted before and the one activated inside, which acts is not said.
-    if way == "activate" and after.equal(second):
-        return
-    trial.same_bits(after, before, "outputs after leaving `disable`")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
+from harness.specs.checkpoint import kept
 from harness.specs.several import DESIGN, activate, same_as_base
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def switch_saved_modules(trial: Trial) -> None:
 
 @spec(
     "several/saved-modules-of-their-own",
-    claim="Two adapters with the same modules to save MUST have a copy each, which starts as the base's.",
+    claim="Two adapters with the same modules to save MUST have a copy each, which starts as the base's, and is "
+    "in its own checkpoint.",
     why="A head that two tasks share is trained by both, and right for neither.",
     source=(
         "DESIGN.md, multi_adapter: `add` changes nothing of the others",
@@ -94,9 +96,16 @@ def saved_modules_of_their_own(trial: Trial) -> None:
         trial, trial.call(model, x), bare, "outputs of a fresh adapter with a head of its own"
     )
     _train_head(trial, model, x)
+    _train_head(trial, model, x)  # once more than the first's, so that they differ
+    own, state = trial.call(model, x), kept(trial, model)
     activate(trial, model, "default")
 
     trial.same_bits(trial.call(model, x), before, "outputs of the first, the other's head trained")
+    other = trial.inject(config=trial.config(modules_to_save=("lm_head",)))
+    adapter.add(other, "second", trial.config(modules_to_save=("lm_head",)))
+    activate(trial, other, "second")
+    adapter.load_state_dict(other, state)
+    trial.same_bits(trial.call(other, x), own, "outputs by the second's own checkpoint")
 
 
 def _with_trained_head(trial: Trial, given: Any) -> tuple[nn.Module, Tensor]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
+from harness.specs.forward_layers import same_parts
 from harness.specs.forward_training import gradients_of
 from harness.specs.several import DESIGN, activate
 
@@ -36,6 +37,7 @@ FIRST = "`save` writes the first adapter, while the second acts"
         Case(specimen="stack", way="all-linear"),
         Case(specimen="stack", way="fewer"),
         *(Case(way=way) for way in ("rslora", "lora_bias", "lora_bias-first")),
+        Case(specimen="fused", way="parts"),
     ),
     more_cases=(Case(specimen="tiny", way="all-linear"),),
 )
@@ -52,7 +54,13 @@ def other_settings(trial: Trial) -> None:
     model = trial.adapted(base, trial.config(lora_bias=first == "first"))
     alone = trial.call(model, x)
     adapter: Any = trial.adapter
-    adapter.add(model, "second", second)
+    try:
+        adapter.add(model, "second", second)
+    except (NotImplementedError, ValueError) as refusal:
+        if trial.case.way != "parts":
+            raise
+        trial.notes.append(f"another cut of a fused layer is refused: {refusal}"[:200])
+        return
     activate(trial, model, "second")
     factors = trial.randomize(model, seed=1)
     base = trial.base()
@@ -70,6 +78,8 @@ def other_settings(trial: Trial) -> None:
             trial.close(number(f.scaling), number(second.scaling), allowed, f"scaling of {name}")
             if len(f.A) != second.r:
                 fail("count", expected=f"rank {second.r}", actual=f"{len(f.A)}", where=name)
+    if trial.case.way == "parts":
+        same_parts(factors, second, base)
     truth, budget = trial.truth(base, factors, x), trial.budget(base, factors, x)
     trial.close(trial.call(model, x), truth, budget, "output of the second adapter")
     activate(trial, model, "default")
@@ -81,6 +91,10 @@ def _second_config(trial: Trial) -> LoraConfig:
     from harness import specimen
 
     way = trial.case.way
+    if way == "parts":
+        rows = specimen.shape_of(trial.case)[1]
+        cut = ((rows, False), (rows, True), (rows, True))
+        return trial.config(r=5, lora_alpha=2.0, enable_lora={"proj": cut})
     if specimen.is_linear(trial.case):
         settings = {"use_rslora": way == "rslora", "lora_bias": way == "lora_bias"}
         return trial.config(r=5, lora_alpha=2.0, **settings)
@@ -205,17 +219,28 @@ def add_keeps_the_mode(trial: Trial) -> None:
 
 @spec(
     "several/added-names-are-loud",
-    claim="A target name of an added adapter that matches no module SHOULD raise or warn, also where "
-    "others match.",
+    claim="A target name of an added adapter that matches no module SHOULD raise or warn, also where others "
+    "match; and an adapter that is refused SHOULD leave nothing of its name.",
     why="A second adapter that adapts a fraction of what it says is trained and served as the whole.",
-    source=("BUGS 77, 86", "https://github.com/huggingface/peft/issues/3693"),
+    source=(
+        "BUGS 77, 86",
+        "https://github.com/huggingface/peft/issues/3693",
+        "https://github.com/huggingface/peft/issues/798",
+    ),
     needs=("several/other-settings", "targeting/unmatched-name-is-loud"),
     features=("multi_adapter",),
-    cases=(Case(specimen="stack", way="none-matches"), Case(specimen="stack", way="one-of-two")),
+    cases=(
+        Case(specimen="stack", way="none-matches"),
+        Case(specimen="stack", way="one-of-two"),
+        Case(way="refused"),
+    ),
 )
 def added_names_are_loud(trial: Trial) -> None:
     """Judge what is heard when a name of the second adapter means nothing."""
     # Names of their own: who warns once of each has said it of those that other specs ask for.
+    if trial.case.way == "refused":
+        _refused_add(trial)
+        return
     names = ("unknown_proj",) if trial.case.way == "none-matches" else ("foo", "wanting_proj")
     model = trial.adapted()
     adapter: Any = trial.adapter
@@ -224,6 +249,30 @@ def added_names_are_loud(trial: Trial) -> None:
         lambda: adapter.add(model, "second", trial.config(target_modules=names)),
         expected=f"an error or a warning, as not all of {', '.join(names)} are in the model",
         usual=lambda: adapter.add(trial.adapted(), "second", trial.config()),
+    )
+
+
+def _refused_add(trial: Trial) -> None:
+    """An adapter whose targets are not there is not added, and its name means nothing."""
+    x, model = trial.inputs(), trial.adapted()
+    adapter: Any = trial.adapter
+    before = trial.call(model, x)
+    try:
+        adapter.add(model, "second", trial.config(target_modules=("absent_proj",)))
+    except Exception:  # noqa: BLE001  # any exception is loud
+        trial.unmerged(model)
+        trial.same_bits(trial.call(model, x), before, "outputs after an add that was refused")
+    else:
+        trial.notes.append("vacuous: an adapter whose targets are not there is added")
+        return
+    try:
+        adapter.activate(model, "second")
+    except Exception:  # noqa: BLE001  # any exception is loud
+        return
+    fail(
+        "silent",
+        expected="activating an adapter that was refused to raise",
+        actual="nothing was raised",
     )
 
 

@@ -135,7 +135,9 @@ def read_only_calls(trial: Trial) -> None:
     way, given = trial.case.way, trial.inputs()
     merges = bool(getattr(trial.adapter, "eval_merges", False))
     for state in STATES:
-        model = trial.adapted()
+        # Biases that train are the base's own, and held with it.
+        biased = trial.case.specimen == "normed" and trial.claims("lora_only")
+        model = trial.adapted(config=trial.config(bias="lora_only" if biased else "none"))
         act = _acts(trial, model).get(way)
         if act is None:
             return
@@ -175,7 +177,8 @@ def read_only_calls(trial: Trial) -> None:
 @spec(
     "state/surroundings-left-alone",
     claim="Injecting, calling, saving, loading, disabling and merging SHOULD leave torch's default dtype, "
-    "default device, gradient mode and deterministic mode, and the working folder, as they were.",
+    "default device, gradient and deterministic mode, precision of products, anomaly detection and number of "
+    "threads, and the working folder, as they were.",
     why="What is set for a whole process and not put back changes every model that is made after it.",
     source=("https://docs.pytorch.org/docs/stable/generated/torch.set_default_dtype.html",),
     needs=("state/read-only-calls",),

@@ -39,6 +39,7 @@ ASKED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("foo", "layers.1.foo"),
         tuple(f"layers.{k}.foo" for k in range(12)),
     ),
+    "flattened": (("a.b_c", "a_b.c"), ("a.b_c", "a_b.c")),
     "traps": (
         ("foobar", "weight_proj"),
         tuple(f"layers.{k}.{name}" for k in range(12) for name in ("foobar", "weight_proj")),
@@ -78,8 +79,9 @@ def exact_coverage(trial: Trial) -> None:
     ),
     needs=("targeting/exact-coverage",),
     tier="smoke",
-    cases=tuple(
-        Case(specimen="stack", way=way) for way in ("paths", "tails", "traps", "overlapping")
+    cases=(
+        *(Case(specimen="stack", way=way) for way in ("paths", "tails", "traps", "overlapping")),
+        Case(specimen="underscored", way="flattened"),
     ),
 )
 def dotted_names(trial: Trial) -> None:
@@ -89,8 +91,15 @@ def dotted_names(trial: Trial) -> None:
 
 def _meant_alone(trial: Trial) -> None:
     """What is adapted is what the names mean."""
-    names, meant = ASKED[trial.case.way if trial.case.specimen == "stack" else "layer"]
-    model = trial.inject(config=trial.config(target_modules=names))
+    way = trial.case.way
+    names, meant = ASKED["layer" if trial.case.specimen == "linear" else way]
+    try:
+        model = trial.inject(config=trial.config(target_modules=names))
+    except Exception as refusal:
+        if way != "flattened":
+            raise
+        trial.notes.append(f"names that differ in . and _ alone are refused: {refusal}"[:200])
+        return
 
     _same_names(trial.factors(model), meant, f"target_modules {names}")
     if trial.case.way == "overlapping":

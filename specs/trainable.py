@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from harness.adapter import matches
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
@@ -21,12 +22,14 @@ GUIDE = "lora.mark_only_lora_as_trainable, https://github.com/microsoft/LoRA"
 
 @spec(
     "trainable/only-lora",
-    claim="Exactly the factors MUST be trainable after injection, whatever their names.",
+    claim="Exactly the factors MUST be trainable after injection, whatever their names, and whether or not the "
+    "base was frozen before.",
     why="A base that trains costs the memory LoRA saves, and drifts; a factor that does not is lost.",
     source=(GUIDE, "BUGS 58, 105, 130, P-6", "https://github.com/huggingface/trl/pull/3926"),
     needs=("targeting/exact-coverage",),
     cases=(
         Case(),
+        Case(way="frozen-base"),
         Case(dtype="bfloat16"),
         Case(specimen="embedding"),
         Case(specimen="conv2d"),
@@ -36,7 +39,10 @@ GUIDE = "lora.mark_only_lora_as_trainable, https://github.com/microsoft/LoRA"
 )
 def only_lora(trial: Trial) -> None:
     """Judge by storage and element, not by name."""
-    model = trial.inject()
+    base = trial.base()
+    if trial.case.way == "frozen-base":  # as who prepares a model for training in few bits does
+        base.requires_grad_(False)
+    model = trial.inject(base)
     factors = trial.factors(model)
 
     factors_train(model, factors)
@@ -46,25 +52,46 @@ def only_lora(trial: Trial) -> None:
 @spec(
     "trainable/beside-factors",
     claim="Beside the factors, the modules to save and the biases on B that were asked for MUST be "
-    "trainable after injection, and no more.",
-    why="A head that was asked for and does not train stays what it was, or random.",
-    source=(GUIDE, "BUGS 29, 109", "https://github.com/huggingface/trl/issues/5977"),
+    "trainable after injection, and no more, whether or not the base was frozen before.",
+    why="A head that was asked for and does not train stays what it was, or random; a module that was not "
+    "asked for trains because its name ends alike.",
+    source=(
+        GUIDE,
+        "BUGS 29, 109",
+        "https://github.com/huggingface/trl/issues/5977",
+        "https://github.com/huggingface/peft/issues/1917",
+        "https://github.com/unslothai/unsloth/issues/3327",
+    ),
     needs=("trainable/only-lora",),
-    cases=(Case(way="lora_bias"), Case(specimen="tiny", way="modules_to_save")),
+    cases=(
+        Case(way="lora_bias"),
+        Case(specimen="tiny", way="modules_to_save"),
+        Case(specimen="stack", way="names-alike"),
+        Case(specimen="normed", way="frozen-base"),
+    ),
 )
 def beside_factors(trial: Trial) -> None:
     """Judge by storage and element, not by name."""
     base, way = trial.base(), trial.case.way
-    if not trial.claims(way):
-        trial.notes.append(f"{way} is not claimed")
+    asks = "lora_bias" if way == "lora_bias" else "modules_to_save"
+    if not trial.claims(asks):
+        trial.notes.append(f"{asks} is not claimed")
         return
     wanted: dict[str, Tensor] = {}
     if way == "lora_bias":
         config = trial.config(lora_bias=True)
     else:
-        config = trial.config(modules_to_save=("lm_head",))
-        head = base.get_submodule("lm_head")
-        wanted = {f"lm_head.{name}": p.detach().clone() for name, p in head.named_parameters()}
+        # `foo` is in `foobar`, and `qkv_proj` ends in `v_proj`.
+        whole = {"names-alike": ("foo", "v_proj"), "frozen-base": ("head",)}.get(way, ("lm_head",))
+        aside = {"target_modules": ("weight_proj",)} if way == "names-alike" else {}
+        config = trial.config(modules_to_save=whole, **aside)
+        wanted = {
+            name: p.detach().clone()
+            for name, p in base.named_parameters()
+            if any(matches(name.rpartition(".")[0], module) for module in whole)
+        }
+    if way == "frozen-base":
+        base.requires_grad_(False)
     model = trial.inject(base, config)
     factors = trial.factors(model)
     if way == "lora_bias" and any(f.bias is None for parts in factors.values() for f in parts):
@@ -192,7 +219,7 @@ def nothing_else_trains(
         else:
             del left[meant]
     if strays:
-        beside = f" and {', '.join(wanted)}" if wanted else ""
+        beside = f" and {_few(wanted)}" if wanted else ""
         fail(
             "names",
             expected=f"nothing trains but the factors{beside}",
@@ -203,7 +230,7 @@ def nothing_else_trains(
     if left:
         fail(
             "names",
-            expected=f"beside the factors, {', '.join(wanted)} train{'s' if len(wanted) == 1 else ''}",
+            expected=f"beside the factors, {_few(wanted)} train{'s' if len(wanted) == 1 else ''}",
             actual=f"{len(left)} of them {'does' if len(left) == 1 else 'do'} not",
             where=next(iter(left)),
         )
@@ -215,3 +242,9 @@ def same(a: Tensor, b: Tensor) -> bool:
     import torch
 
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.detach(), b.detach())
+
+
+def _few(names: Iterable[str]) -> str:
+    """All names, or of many the first three and their number."""
+    told = list(names)
+    return ", ".join(told[:3]) + (f" and {len(told) - 3} more like them" if told[3:] else "")

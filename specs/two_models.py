@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @spec(
     "state/two-models",
-    claim="Injecting, activating, merging, unmerging, disabling and loading one model MUST leave another "
+    claim="Injecting, activating, merging, unmerging, disabling, saving and loading one model MUST leave another "
     "model in the process as it was, and act on each by its own settings and on its own base.",
     why="A server and a comparison of two runs hold several models; what an implementation keeps in a "
     "class or a cache is then the last one's.",
@@ -27,15 +27,21 @@ if TYPE_CHECKING:
     needs=(
         "forward/sees-factors-now",
         "forward/scaling",
+        "checkpoint/save-restores-settings",
         "merge/only-targets-change",
         "merge/restores-base",
         "several/switch",
     ),
-    cases=(Case(), Case(specimen="stack"), Case(way="activate"), Case(way="unmerge")),
+    cases=(
+        Case(),
+        Case(specimen="stack"),
+        *(Case(way=way) for way in ("activate", "unmerge", "save")),
+    ),
 )
 def two_models(trial: Trial) -> None:
     """Judge the first against its own outputs, and the second, of another rank and alpha, by the truth."""
-    more: Any = {"activate": _activate_in_one, "unmerge": _unmerge_each}.get(trial.case.way)
+    ways: Any = {"activate": _activate_in_one, "unmerge": _unmerge_each, "save": _save_each}
+    more = ways.get(trial.case.way)
     if more:
         more(trial)
         return
@@ -102,3 +108,21 @@ def _activate_in_one(trial: Trial) -> None:
 
     same_factors(trial, model, factors, "factors of the adapter that acts, another model injected")
     trial.same_bits(trial.call(model, x), want, "outputs once another model is injected")
+
+
+def _save_each(trial: Trial) -> None:
+    """Save two models of other alphas, the first one last, and load each into a bare base."""
+    if not trial.claims("save"):
+        trial.notes.append("save is not claimed")
+        return
+    x, adapter = trial.inputs(), trial.adapter
+    saving: Any = adapter
+    configs = trial.config(), trial.config(lora_alpha=3 * trial.case.alpha)
+    models = [trial.adapted(config=config) for config in configs]
+    for which, model in zip(("second", "first"), reversed(models), strict=True):
+        want, folder = trial.call(model, x), trial.folder()
+        saving.save(model, folder)
+        loaded = saving.load(trial.base(), folder)
+        trial.unmerged(loaded)
+        what = f"outputs of the {which} of two models, saved and loaded"
+        trial.same_bits(trial.call(loaded, x), want, what)

@@ -11,6 +11,7 @@ from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
 from harness.faults.merge import with_layer
 from harness.faults.record import fault
+from harness.faults.wrong import after_injection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,6 +57,18 @@ class LeavesFloat64(Reference):
 )
 def leaves_another_default_dtype() -> Adapter:
     return LeavesFloat64()
+
+
+@fault(
+    sin="Injection sets torch's float32 precision of products to medium, for every model there is.",
+    killed_by="state/surroundings-left-alone",
+    varies="the products of other models, on hardware that rounds them",
+)
+def leaves_products_of_medium_precision() -> Adapter:
+    def lower(*_: Any) -> None:
+        torch.set_float32_matmul_precision("medium")
+
+    return after_injection(lower)
 
 
 class Frees(Reference):
