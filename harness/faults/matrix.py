@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 KILLS = "failed"
 
 NARROW: dict[str, str] = {
-    "initialization/no-op": "the order of a sum is free, and another epsilon in a model's norms moves its "
-    "outputs by hardly more than rounding may",
     "training/same-trajectory-as-reference": "each step may round the factor that it stores once, and "
     "a right step does",
     "merge/weight-equals-oracle": "one rounding of the sum is all that is allowed and all that a right "
