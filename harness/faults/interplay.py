@@ -294,23 +294,6 @@ def a_refused_adapter_leaves_its_name() -> Adapter:
 
 
 @fault(
-    sin="Inside `disable` the bias on B acts on, and nothing is said.",
-    killed_by="several/disabled-tells-of-biases",
-    varies="lora_bias inside `disable`",
-)
-def disable_leaves_the_bias_on_b() -> Adapter:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        y: Tensor = Adapted.forward(self, x)
-        if not self.enabled:
-            for branch in self.branches:
-                if branch.lora_bias is not None and branch.rows is None:
-                    y = y + branch.bias_delta().to(y.dtype)
-        return y
-
-    return wrong(layer=layer(forward=forward))
-
-
-@fault(
     sin="Unmerging freezes the layers it gives back, and with them the biases that train.",
     killed_by="state/read-only-calls",
     varies="biases that train, after a cycle of merging",
