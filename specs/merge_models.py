@@ -293,13 +293,13 @@ def _greedy(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
 )
 def disabled_while_merged(trial: Trial) -> None:
     """Merge, disable, and compare the outputs inside and after, and once it is unmerged."""
-    way = trial.case.way
-    if way and not trial.claims(way):
-        trial.notes.append(f"{way} is not claimed")
+    biased = trial.case.way == "lora_bias"
+    if biased and not trial.claims("lora_bias"):
+        trial.notes.append("lora_bias is not claimed")
         return
     adapter: Any = trial.adapter
     base, given = trial.base(), trial.inputs()
-    model = trial.adapted(config=trial.config(lora_bias=bool(way)))
+    model = trial.adapted(config=trial.config(lora_bias=biased))
     factors = trial.snapshot(model)
     # The update may have been rounded into W and out of it again, at its own magnitude.
     budget = 2 * trial.budget(base, factors, given)

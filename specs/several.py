@@ -87,6 +87,7 @@ def switch(trial: Trial) -> None:
         "training/loss-goes-down",
         "checkpoint/round-trip-bits",
         "checkpoint/safe-file",
+        "trainable/optimizer-holds-only-lora",
     ),
     features=("multi_adapter",),
     cases=(

@@ -79,7 +79,10 @@ def switch_saved_modules(trial: Trial) -> None:
         "BUGS 52, 96",
         "https://github.com/huggingface/peft/pull/1615",
     ),
-    needs=("several/switch-saved-modules",),
+    needs=(
+        "several/switch-saved-modules",
+        "training/base-unchanged",
+    ),
     features=("multi_adapter", "modules_to_save"),
     cases=(Case(specimen="stack"),),
     more_cases=(Case(specimen="tiny"),),

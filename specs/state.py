@@ -136,7 +136,7 @@ def read_only_calls(trial: Trial) -> None:
     merges = bool(getattr(trial.adapter, "eval_merges", False))
     for state in STATES:
         # Biases that train are the base's own, and held with it.
-        biased = trial.case.specimen == "normed" and trial.claims("lora_only")
+        biased = way == "cycle" and trial.case.specimen == "normed" and trial.claims("lora_only")
         model = trial.adapted(config=trial.config(bias="lora_only" if biased else "none"))
         act = _acts(trial, model).get(way)
         if act is None:

@@ -27,7 +27,12 @@ if TYPE_CHECKING:
         "https://github.com/huggingface/trl/issues/5977",
         "https://github.com/microsoft/LoRA/pull/183",
     ),
-    needs=("training/update-equivalence", "trainable/bias-modes", "trainable/beside-factors"),
+    needs=(
+        "training/update-equivalence",
+        "trainable/bias-modes",
+        "trainable/beside-factors",
+        "forward/sees-factors-now",
+    ),
     cases=(
         *(Case(specimen=s, way="lora_only") for s in ("linear", "fused", "conv2d")),
         Case(specimen="headless", way="all"),
@@ -61,6 +66,9 @@ def update_beside_factors(trial: Trial) -> None:
     budget = tolerance.model(_stepped(trial, before, names, coarse).double() - truth, truth, coarse)
     found = trial.call(model, other)
     stayed = trial.truth(trial.base(), trial.snapshot(model), other)
+    if tolerance.margin(stayed, truth, budget)[0].used <= 2:
+        trial.notes.append(f"vacuous at {trial.case}: a step is lost in the factors' rounding")
+        return
     if tolerance.margin(found, stayed, budget)[0].used <= 1:
         fail(
             "no-effect",
