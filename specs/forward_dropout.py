@@ -152,7 +152,8 @@ def _let_through(trial: Trial, model: nn.Module) -> tuple[Tensor, dict[str, Tens
     """Give the factors values by which a batch of one shows each mask.
 
     Of a linear layer each output of the first token shows one input. Of a convolution, whose factors lie
-    in a layout of its own, some output shows the one pixel that each channel has.
+    in a layout of its own, some output shows the one pixel that each channel has; by way of one rank, so
+    that a mask on what A gives shows as one on the pixels does.
 
     Returns:
         The batch, and where in its outputs, flattened, the masks are seen: by the rows of each part.
@@ -165,8 +166,12 @@ def _let_through(trial: Trial, model: nn.Module) -> tuple[Tensor, dict[str, Tens
     parts = trial.factors(model)["proj"]
     with torch.no_grad():
         for f in parts:
-            f.A.copy_(torch.eye(*f.A.shape) if x.dim() == 3 else torch.ones(f.A.shape))
-            f.B.copy_(torch.eye(*f.B.shape) if x.dim() == 3 else torch.ones(f.B.shape))
+            A, B = torch.eye(*f.A.shape), torch.eye(*f.B.shape)
+            if x.dim() != 3:
+                A, B = torch.zeros(f.A.shape), torch.zeros(f.B.shape)
+                A[0] = B[:, 0] = 1
+            f.A.copy_(A)
+            f.B.copy_(B)
     if x.dim() == 3:
         rows = torch.arange(trial.truth(base, {}, x).shape[-1])
         return x, {

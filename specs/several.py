@@ -138,10 +138,14 @@ def isolation(trial: Trial) -> None:
     there = dict(model.named_parameters())
     _do(trial, model, act, actor, before)
 
+    held: set[nn.Parameter] = set()  # of all adapters: one that does not act may be kept elsewhere
     for name, (values, trains) in before.items():
-        if name == actor and act in {"train", "delete"}:  # what is loaded is its own checkpoint
+        if act == "delete" and name == actor:
             continue
         now, trains_now = look(trial, model, name)
+        held |= set(model.parameters())
+        if act == "train" and name == actor:  # what is loaded is its own checkpoint
+            continue
         for where, (old, new) in descent.pairs(values, now):
             trial.same_bits(new, old, f"{where} of {name} after {act} of {actor}")
         if trains_now is not trains:
@@ -151,7 +155,6 @@ def isolation(trial: Trial) -> None:
                 actual="trainable" if trains_now else "frozen",
                 where=name,
             )
-    held = set(model.parameters())
     gone = [name for name, p in there.items() if p not in held and act != "delete"]
     if gone:
         fail(
