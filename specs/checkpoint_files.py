@@ -111,7 +111,7 @@ def _unreadable(path: Path) -> str:
         Case(alpha=2.5),
         *(Case(specimen=s, way="rslora") for s in ("linear", "embedding", "conv2d", "fused")),
         Case(shape=(16, 20), r=16, way="dropout", dropout=0.75),
-        *(Case(specimen=s, way="dropout", dropout=0.3) for s in ("conv2d", "fused")),
+        *(Case(specimen=s, way="dropout", dropout=0.75) for s in ("conv2d", "fused")),
         Case(dtype="bfloat16"),
         *(Case(specimen=s, way="lora_bias") for s in ("linear", "conv2d", "fused")),
         Case(specimen="embedding"),
