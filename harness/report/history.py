@@ -40,12 +40,20 @@ def gather(paths: Iterable[str]) -> tuple[list[Path], list[Path]]:
 
 def spare(paths: Iterable[str], **outputs: Path | str | None) -> None:
     """Raise UsageError where what is to be written would take the place of a report that is read."""
-    files = {path.resolve() for path in gather(paths)[0]}
+    files = gather(paths)[0]
     for option, output in outputs.items():
-        if output and str(output) != "-" and Path(output).resolve() in files:
+        if output and any(_same(output, path) for path in files):
             raise UsageError(
                 f"--{option} {output}: is a report that is read here, and would be lost; give another path"
             )
+
+
+def _same(one: Path | str, other: Path) -> bool:
+    """Whether both are there and are one file."""
+    try:
+        return Path(one).samefile(other)
+    except (OSError, ValueError):  # not there, a link to itself, or no path at all
+        return False
 
 
 def load(paths: Iterable[str], skipped: list[str]) -> Iterator[Report]:
