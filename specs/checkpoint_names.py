@@ -10,6 +10,8 @@ from harness.spec import spec
 from harness.specs.checkpoint import disturb, kept, restores, same_factors, tensors
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from harness.trial import Trial
 
 
@@ -75,17 +77,25 @@ def _reload_adapter_called(trial: Trial, name: str) -> None:
     models = []
     for seed in (0, 1):
         model = trial.inject()
-        try:
-            adapter.add(model, name, trial.config())
-        except Exception as refusal:  # noqa: BLE001  # a name may be refused: it is another's then
-            trial.notes.append(f"an adapter called {name} is refused: {refusal}"[:200])
+        if not _acts(trial, model, name, seed=seed):
             return
-        adapter.activate(model, name)
-        trial.randomize(model, seed=seed)
         models.append(model)
     factors = trial.snapshot(models[0])
     adapter.load_state_dict(models[1], kept(trial, models[0]))
     same_factors(trial, models[1], factors, f"factors of the adapter {name!r} after loading")
+
+
+def _acts(trial: Trial, model: nn.Module, name: str, *, seed: int) -> bool:
+    """Add an adapter of that name, which acts with values of its own; False, and noted, if refused."""
+    adapter: Any = trial.adapter
+    try:
+        adapter.add(model, name, trial.config())
+    except Exception as refusal:  # noqa: BLE001  # a name may be refused: it is another's then
+        trial.notes.append(f"an adapter called {name} is refused: {refusal}"[:200])
+        return False
+    adapter.activate(model, name)
+    trial.randomize(model, seed=seed)
+    return True
 
 
 def _save_beside(trial: Trial, *names: str) -> None:
@@ -94,13 +104,7 @@ def _save_beside(trial: Trial, *names: str) -> None:
     model = trial.adapted()
     alone = tensors(kept(trial, model))
     for seed, name in enumerate(names, start=1):
-        try:
-            adapter.add(model, name, trial.config())
-        except Exception as refusal:  # noqa: BLE001  # a name may be refused: it is another's then
-            trial.notes.append(f"an adapter called {name} is refused: {refusal}"[:200])
-            continue
-        adapter.activate(model, name)
-        trial.randomize(model, seed=seed)
+        _acts(trial, model, name, seed=seed)
     adapter.activate(model, "default")
     found = tensors(kept(trial, model))
     differing = sorted(alone.keys() ^ found.keys())

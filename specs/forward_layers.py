@@ -53,7 +53,7 @@ def fused_parts(trial: Trial) -> None:
     config = _parted(trial, base)
     try:
         model = trial.inject(trial.base(), config)
-    except (NotImplementedError, ValueError) as refusal:
+    except (NotImplementedError, ValueError) as refusal:  # who cuts the rows equally may say so
         if trial.case.specimen not in UNEQUAL:
             raise
         trial.notes.append(f"parts of unequal size are refused: {refusal}")

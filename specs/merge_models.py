@@ -8,6 +8,7 @@ from harness import one_layer
 from harness.case import Case
 from harness.failure import fail
 from harness.spec import spec
+from harness.specs.several_disabled import Interrupted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -309,8 +310,8 @@ def disabled_while_merged(trial: Trial) -> None:
         with adapter.disable(model):
             found = trial.call(model, given)
             if trial.case.way == "exception":
-                raise _Interrupted  # noqa: TRY301  # what is judged is how the context leaves
-    except _Interrupted:
+                raise Interrupted  # noqa: TRY301  # what is judged is how the context leaves
+    except Interrupted:
         pass
     except Exception as error:  # noqa: BLE001  # refusing is right
         trial.notes.append(f"refused: {type(error).__name__}")
@@ -326,7 +327,3 @@ def disabled_while_merged(trial: Trial) -> None:
         one_layer.silence(trial, model)
         bare = trial.truth(base, {}, given)
         trial.close(trial.call(model, given), bare, budget, "base's output, unmerged after that")
-
-
-class _Interrupted(BaseException):  # as KeyboardInterrupt is, which no `except Exception` sees
-    pass

@@ -78,8 +78,8 @@ def disabled_equals_base(trial: Trial) -> None:
         with adapter.disable(model):
             inside = trial.call(model, x)
             if way == "exception":
-                raise _Interrupted  # noqa: TRY301  # what is judged is how the context leaves
-    except _Interrupted:
+                raise Interrupted  # noqa: TRY301  # what is judged is how the context leaves
+    except Interrupted:
         pass
 
     assert inside is not None
@@ -90,8 +90,8 @@ def disabled_equals_base(trial: Trial) -> None:
     _same(trial, trial.snapshot(model), values, "after leaving `disable`")
 
 
-class _Interrupted(BaseException):  # as KeyboardInterrupt is, which no `except Exception` sees
-    pass
+class Interrupted(BaseException):
+    """What ends a block as KeyboardInterrupt does: no `except Exception` sees it."""
 
 
 def _state(model: nn.Module) -> dict[str, bool]:

@@ -56,7 +56,7 @@ def other_settings(trial: Trial) -> None:
     adapter: Any = trial.adapter
     try:
         adapter.add(model, "second", second)
-    except (NotImplementedError, ValueError) as refusal:
+    except (NotImplementedError, ValueError) as refusal:  # loud, and claimed nowhere
         if trial.case.way != "parts":
             raise
         trial.notes.append(f"another cut of a fused layer is refused: {refusal}"[:200])

@@ -15,6 +15,7 @@ from harness.adapters.equation import Branch, ConvBranch
 from harness.adapters.quantized import with_weight
 from harness.adapters.reference import Reference
 from harness.adapters.wrapped import Adapted
+from harness.faults.forward_calls import Notes
 from harness.faults.merge import with_branches, with_layer
 from harness.faults.record import fault
 from harness.faults.training import linear
@@ -79,13 +80,8 @@ def merges_parts_too_far_in_bfloat16() -> Adapter:
     return wrong(branches=linear(delta=delta))
 
 
-class NotesImages(ConvBranch):
-    def __init__(self, base: nn.Module, config: LoraConfig, rows: slice | None = None) -> None:
-        super().__init__(base, config, rows)
-        self.noted = self.lora_A.dtype
-
-    def drop(self, x: Tensor) -> Tensor:
-        return super().drop(x).to(self.noted)
+class NotesImages(Notes, ConvBranch):
+    """As `Notes`, of images."""
 
 
 @fault(
